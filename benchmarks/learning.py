@@ -1,0 +1,248 @@
+"""Does it learn? Linear probes on frozen fused features of held-out procedural scenes, before and after pre-training.
+
+    python benchmarks/learning.py --out=runs/learning            (hours on 2 cores; a second call goes on)
+    python benchmarks/learning.py --out=runs/learning --only=raw --only=untrained
+
+Columns: raw bands of the 3x3 neighbourhood, the network untrained, pre-trained without the text objective (L_ITA off)
+and with it. Every figure is stored under --out as soon as it is there; runs train on records written there once.
+Scenes, network and probe are those of the config; nothing is tuned here. Results: benchmarks/results.md.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from skysense_jax import checkpoint, dry_run, metrics, modalities, sharding
+from skysense_jax import config as config_lib
+from skysense_jax.data import scenes
+from skysense_jax.data.records import ShardWriter, encode_sample
+from skysense_jax.eval import probes
+from skysense_jax.models import skysense
+from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+VARIANTS = {  # column: title, fields that differ from the config (None: nothing is trained)
+    "raw": ("raw bands 3x3", None),
+    "untrained": ("untrained", None),
+    "ita_off": ("L_ITA off", {"objective.weights.text_alignment": 0.0}),
+    "ita_on": ("L_ITA on", {}),
+}
+WANTED = (  # trained column, tasks of which the best counts, points above untrained
+    ("ita_off", (probes.LABELS,), 5.0),
+    ("ita_off", tuple(scenes.ATTRIBUTES), 5.0),
+    ("ita_on", (probes.LABELS,), 10.0),
+)
+CALIBRATION_STEPS = 40
+_RESERVE = 0.9  # of the minutes: speed differs from run to run
+
+
+def _encode_scene(index: int, *, scene: dict, names: tuple[str, ...]) -> bytes:
+    sample = scenes.render(index, modalities=names, **scene).sample
+    return encode_sample(sample, modalities.select(names))
+
+
+def write_records(config: ConfigDict, out: pathlib.Path) -> pathlib.Path:
+    """The file of all training scenes of the config, rendered once."""
+    path = out / "records" / f"{config_lib.fingerprint(config, ('data.scenes', 'data.modalities'))}.array_record"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = dict(config.data.scenes)
+    first, count = wanted.pop("first_index"), wanted.pop("num_scenes")
+    encode = functools.partial(_encode_scene, scene=wanted, names=tuple(config.data.modalities))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool, ShardWriter(path) as writer:
+        for payload in pool.map(encode, range(first, first + count), chunksize=8):
+            writer.write(payload)
+    return path
+
+
+def train(config: ConfigDict, config_file: str, workdir: pathlib.Path, records: pathlib.Path, **fields) -> float:
+    """Runs, or goes on with, one pre-training; returns its minutes from the first logged step to the last."""
+    overrides = {"optim.num_steps": config.optim.num_steps, "data.sources": ((str(records), 1.0),), **fields}
+    command = [sys.executable, "-m", "skysense_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
+    command += [f"--config.{field}={value}" for field, value in overrides.items()]
+    print("+", " ".join(command), file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+    lines = metrics.read_json_lines(workdir / metrics.FILE_NAME)
+    return (lines[-1]["time"] - lines[0]["time"]) / 60
+
+
+def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.Path, records: pathlib.Path) -> int:
+    """How many steps the minutes hold on this machine, compilation left out; measured once and kept."""
+    path = out / "calibration.json"
+    if not path.exists():
+        short = ConfigDict(config)
+        short.optim.num_steps = CALIBRATION_STEPS
+        workdir = out / "runs" / "calibration"
+        train(short, config_file, workdir, records)
+        lines = metrics.read_json_lines(workdir / metrics.FILE_NAME)
+        half = lines[len(lines) // 2 :]
+        seconds = (half[-1]["time"] - half[0]["time"]) / (half[-1]["step"] - half[0]["step"])
+        path.write_text(json.dumps({"seconds_per_step": seconds}))
+    return int(_RESERVE * 60 * minutes / json.loads(path.read_text())["seconds_per_step"])
+
+
+class Probe:
+    """Scores of a variant, with the network compiled once for all of them."""
+
+    def __init__(self, config: ConfigDict):
+        self._rows = modalities.select(config.data.modalities, config.data.new_modalities)
+        self._model = skysense.build(self._rows, **config.model, **config.efficiency, drop_path=False)
+        self._shapes = dry_run.batch_shapes(
+            self._rows,
+            batch_size=config.data.batch_size,
+            num_dates=dict(config.data.num_dates),
+            views=dict(config.data.views),
+        )
+        self._mesh = sharding.make_mesh(**config.mesh)
+        self._num_dates, self._cells = dict(config.data.num_dates), config.data.views.global_cells
+        self._batch_size = config.eval.batch_size
+        place = {key: config.data.scenes[key] for key in ("seed", "extent_cells")}
+        self._which = {**place, **{key: value for key, value in config.eval.items() if key != "batch_size"}}
+
+    def raw(self) -> dict[str, float]:
+        return probes.probe_raw_bands(self._rows, num_dates=self._num_dates, **self._which)
+
+    def untrained(self, seed: int) -> dict[str, float]:
+        """The network that a run with this seed starts from."""
+        with jax.set_mesh(self._mesh):
+            state = create_state(self._model, optax.identity(), self._shapes, seed=seed, mesh=self._mesh)
+            return self._scores(state.teacher)
+
+    def trained(self, workdir: pathlib.Path) -> dict[str, float]:
+        """The teacher of the run's newest checkpoint."""
+        with jax.set_mesh(self._mesh):
+            boxed: TrainState = boxed_state(self._model, optax.identity(), self._shapes)
+            teacher = checkpoint.restore_teacher(workdir, abstract_state(boxed, self._mesh).teacher).state
+            return self._scores(teacher)
+
+    def _scores(self, params) -> dict[str, float]:
+        return probes.probe_scenes(
+            self._model,
+            params,
+            self._rows,
+            cells=self._cells,
+            num_dates=self._num_dates,
+            batch_size=self._batch_size,
+            **self._which,
+        )
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[int, dict]]:
+    """Per column and seed what was stored, missing cells filled in first."""
+    config = config_lib.load(args.config)
+    config_lib.validate(config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trained = [name for name in args.only if VARIANTS[name][1] is not None]
+    if trained:
+        records = write_records(config, args.out)
+        config.optim.num_steps = args.steps or steps_in(args.minutes, config, args.config, args.out, records)
+    sections = ("data", "model", "eval", *(("objective", "optim") if trained else ()))
+    probe, cells = Probe(config), {}
+    for name in args.only:
+        for seed in range(1 if name == "raw" else args.seeds):
+            path = args.out / f"{name}_seed{seed}.json"
+            made_by = config_lib.fingerprint(config, sections if name in trained else sections[:3])
+            if path.exists():
+                cell = json.loads(path.read_text())
+                if cell["config"] != made_by:
+                    raise ValueError(f"{path} was made with another config or number of steps; take another --out")
+            else:
+                cell = {"config": made_by}
+                if name == "raw":
+                    cell["scores"] = probe.raw()
+                elif name == "untrained":
+                    cell["scores"] = probe.untrained(seed)
+                else:
+                    workdir = args.out / "runs" / f"{name}_seed{seed}"
+                    fields = {"optim.seed": seed, **VARIANTS[name][1]}
+                    cell["minutes"] = train(config, args.config, workdir, records, **fields)
+                    cell["steps"] = config.optim.num_steps
+                    cell["scores"] = probe.trained(workdir)
+                path.write_text(json.dumps(cell, indent=1))
+                print(f"{name} seed {seed}: {cell['scores']}", file=sys.stderr, flush=True)
+            cells.setdefault(name, {})[seed] = cell
+    return cells
+
+
+def _points(values: list[float]) -> str:
+    """Mean and standard deviation in points."""
+    values = 100 * np.asarray(values)
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
+
+
+def differences(cells: dict[str, dict[int, dict]], name: str, task: str, metric: str = "miou") -> list[float]:
+    """Column minus untrained, seed by seed, of the seeds that both have."""
+    untrained = cells.get("untrained", {})
+    key = f"{task}/{metric}"
+    return [cell["scores"][key] - untrained[s]["scores"][key] for s, cell in cells[name].items() if s in untrained]
+
+
+def report(cells: dict[str, dict[int, dict]]) -> str:
+    """The tables as markdown: scores, differences to the untrained network, and which of the wanted ones are met."""
+    tasks = (probes.LABELS, *scenes.ATTRIBUTES)
+    trained = [name for name in cells if VARIANTS[name][1] is not None and differences(cells, name, tasks[0])]
+    lines = []
+    for metric, title in (("miou", "mIoU, points"), ("accuracy", "accuracy, points")):
+        heads = [VARIANTS[name][0] for name in cells] + [f"{VARIANTS[name][0]} - untrained" for name in trained]
+        lines += [f"| {title} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for task in tasks:
+            scores = [_points([c["scores"][f"{task}/{metric}"] for c in column.values()]) for column in cells.values()]
+            gains = [_points(differences(cells, name, task, metric)) for name in trained]
+            lines.append(f"| {task} | {' | '.join(scores + gains)} |")
+        lines.append("")
+    for name, group, wanted in WANTED:
+        if name in trained:
+            best = max(group, key=lambda task: float(np.nan_to_num(np.mean(differences(cells, name, task)), nan=-1.0)))
+            gain = 100 * float(np.mean(differences(cells, name, best)))
+            verdict = "met" if gain >= wanted else "NOT met"
+            lines.append(f"- {VARIANTS[name][0]}, {best}: {gain:+.1f} points mIoU, wanted {wanted:+.0f}: {verdict}")
+    runs = [cell for name in trained for cell in cells[name].values()]
+    if runs:
+        minutes = [cell["minutes"] for cell in runs]
+        lines.append(
+            f"- {len(runs)} runs of {runs[0]['steps']} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes"
+        )
+    seeds = max(len(column) for column in cells.values())
+    lines.append(f"- mean ± standard deviation over {seeds} seeds; {os.cpu_count()} cores, {platform.machine()}, ")
+    lines[-1] += f"jax {jax.__version__} on {jax.default_backend()}, Python {platform.python_version()}"
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
+    parser.add_argument("--config", default="configs/tiny.py")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training per run")
+    parser.add_argument("--steps", type=int, default=0, help="steps per run; 0: as many as --minutes hold")
+    parser.add_argument("--only", action="append", choices=tuple(VARIANTS), help="columns (may be repeated)")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.steps < 0 or not (args.minutes > 0 and math.isfinite(args.minutes)):
+        parser.error("--seeds wants 1 or more, --steps 0 or more, --minutes more than 0")
+    args.out = args.out.resolve()
+    args.only = [name for name in VARIANTS if name in (args.only or VARIANTS)]
+    return args
+
+
+def main() -> None:
+    print(report(measure(parse())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Every field of a run, with its meaning, unit and source. The named sizes override what differs.
+
+Sections are promises about results: ``run``, ``mesh`` and ``efficiency`` never move the loss beyond rounding;
+``data``, ``model``, ``objective`` and ``optim`` may. A section is splatted into keyword arguments, so a key here is
+the name of an argument there. [P] published, [D] decided here where the papers are silent.
+
+base: Swin V2-B widths. Source: our choice. Command: python -m skysense_jax.train --config=configs/base.py
+Chips: meant for one H200 or more; not run.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "base"
+
+    config.run = dict(
+        log_every_steps=20,  # metrics are fetched and written this often
+        checkpoint_every_steps=1000,
+        keep_last=3,  # newest checkpoints kept
+        keep_every_steps=20_000,  # and every multiple of this for ever
+        pictures_every_steps=5000,  # 0: only at the end
+        max_nonfinite_in_row=20,  # skipped updates in a row that stop the run
+        max_bad_record_share=0.01,  # unreadable records, as a share of those read, above which the run stops
+        input_threads=8,  # reading threads of each worker process (or of the main process without workers)
+        input_workers=8,  # processes that decode and crop; 0: in the main process
+        prefetch_batches=2,  # batches placed on the device ahead of the step
+        tensorboard=True,  # event files under WORKDIR/tensorboard (tensorboardX)
+        wandb_project="",  # non-empty: also log to Weights & Biases (extra "wandb")
+    )
+
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)  # devices per axis; -1: what is left
+
+    config.efficiency = dict(
+        remat="blocks",  # "none", "blocks": recompute each block's inside in the backward pass
+        scan_unroll=1,  # blocks per iteration of the scan over global blocks
+        attention="xla",  # implementation of jax.nn.dot_product_attention: "xla" or "cudnn"
+    )
+
+    config.data = dict(
+        modalities=("hr", "s2", "s1"),  # rows of skysense_jax/modalities.py
+        new_modalities=(),  # further rows, each a dict of the arguments of modalities.Modality
+        sources=(("scenes", 1.0),),  # (glob of .array_record files or "scenes", share of the mix)
+        batch_size=1024,  # samples a step, over all devices [P]
+        seed=0,  # order of samples, crops, dates
+        num_dates=dict(hr=1, s2=8, s1=4),  # drawn per sample [D]; the predecessor draws 1, 20, 10 [P]
+        photometric_strength=1.0,  # of the changes in photometric.py; 0: none [D]
+        day_jitter=5,  # days of the year by which a date may be moved, either way [D]
+        views=dict(  # all in cells of 10 m [D]
+            anchor_cells=24,  # all views of a sample lie in a square of this side
+            tile_cells=8,  # grid on which the anchor's corner lies (256-px tiles of hr)
+            num_global=2,
+            global_box_cells=(16, 24),  # smallest and largest side of the crop
+            global_cells=16,  # side after the resize: 512 px of hr
+            num_local=4,
+            local_box_cells=(6, 15),
+            local_cells=8,
+        ),
+        scenes=dict(num_scenes=4096, first_index=0, seed=0, extent_cells=24),  # the procedural source
+    )
+
+    config.model = dict(
+        compute_dtype="bfloat16",  # of matmuls and activations; parameters and reductions stay fp32
+        backbone=dict(
+            width=128,  # C of stage 1; doubles at each stage
+            depths=(2, 2, 18, 2),  # blocks per stage [D: Swin-H]
+            head_width=32,  # [P]
+            window=8,  # tokens along a side [P]
+            mlp_ratio=4,
+            num_prompts=4,  # per modality in stages 3 and 4 [P]
+            merging="averaged",  # grid-keeping transitions: "averaged" or "separate" [D]
+            drop_path=0.2,  # at the last block, linear from 0 [D]
+            layer_scale_init=1e-5,  # global blocks, as DINOv2
+            num_moe_blocks=0,  # last blocks whose MLP is a mixture of experts; 6 in *_moe [P]
+            num_experts=8,  # [P]
+            experts_per_token=1,  # [P]
+            capacity_factor=1.25,  # training only; evaluation never drops [D]
+        ),
+        fusion=dict(width=512, depth=12, head_width=64, mlp_ratio=4, drop_path=0.2),
+        queries=dict(num_queries=64, mlp_ratio=4),  # one decoder layer at the fusion's width and head width [D]
+        heads=dict(hidden_dim=2048, bottleneck_dim=256, num_prototypes=8192),  # [D]
+        text_dim=384,  # width of the text table's embeddings
+    )
+
+    config.objective = dict(
+        weights=dict(  # 0 turns a term off
+            mgcl=1.0,  # multi-granularity contrastive learning [D: weights are not published]
+            qsacl=1.0,  # query-based semantic aggregation contrastive learning
+            text_alignment=1.0,  # dense image-text alignment on OpenStreetMap classes
+            balance=0.01,  # Switch load balancing
+            router_z=0.001,  # ST-MoE router z-loss
+            koleo=0.0,  # DINOv2's spread regulariser on image features; off
+        ),
+        mgcl=dict(
+            pixel_weight=1.0,
+            object_weight=1.0,
+            image_weight=1.0,
+            num_positions=64,  # student tokens per view at pixel granularity [D]
+            num_clusters=16,  # per teacher view at object granularity [D]
+            cluster_iterations=3,
+        ),
+        student_temperature=0.1,
+        teacher_temperature=0.07,
+        teacher_temperature_start=0.04,
+        teacher_temperature_warmup_steps=30_000,
+        sinkhorn_iterations=3,
+        prototype_freeze_steps=1250,  # DINOv2
+        text_table="skysense_jax/data/text/osm_minilm_l6_v2.npz",  # embeddings of the class names
+    )
+
+    config.optim = dict(
+        num_steps=600_000,  # [P]
+        seed=0,  # initialisation, drop path, photometric changes, positions
+        learning_rate=2e-4,  # peak [P]
+        final_learning_rate=1e-6,  # [P]
+        warmup_steps=10_000,  # [D]
+        weight_decay=0.04,  # not on norms, biases, prompts, queries, position terms [D]
+        beta1=0.9,
+        beta2=0.999,
+        clip_norm=3.0,  # global gradient norm [D]
+        ema_momentum=0.996,  # of the teacher, cosine to 1 over num_steps [D]
+    )
+
+    config.eval = dict(  # the probe that closes a run; never feeds back into training
+        num_train_scenes=48,
+        num_test_scenes=24,
+        first_index=1_000_000,  # held-out procedural scenes, far from those trained on
+        batch_size=8,
+    )
+    return config

@@ -1,0 +1,12 @@
+"""huge_moe: huge with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+
+from ml_collections import ConfigDict
+
+from configs import huge
+
+
+def get_config() -> ConfigDict:
+    config = huge.get_config()
+    config.name = "huge_moe"
+    config.model.backbone.num_moe_blocks = 6
+    return config

@@ -1,0 +1,13 @@
+"""large: width 192. Source and chips below. Command: python -m skysense_jax.train --config=configs/large.py"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.name = "large"
+    config.model.backbone.update(width=192, depths=(2, 2, 18, 2))
+    config.model.fusion.update(width=768, depth=18)
+    return config

@@ -1,0 +1,13 @@
+"""small: width 96. Source and chips below. Command: python -m skysense_jax.train --config=configs/small.py"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.name = "small"
+    config.model.backbone.update(width=96, depths=(2, 2, 6, 2))
+    config.model.fusion.update(width=384, depth=6)
+    return config

@@ -1,0 +1,12 @@
+"""small_moe: small with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+
+from ml_collections import ConfigDict
+
+from configs import small
+
+
+def get_config() -> ConfigDict:
+    config = small.get_config()
+    config.name = "small_moe"
+    config.model.backbone.num_moe_blocks = 6
+    return config

@@ -1,0 +1,12 @@
+"""tiny_moe: tiny with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.name = "tiny_moe"
+    config.model.backbone.num_moe_blocks = 2
+    return config

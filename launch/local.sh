@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The main job on the embedded default: pre-trains `tiny` on procedural scenes, probes it, writes pictures.
+# Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+workdir=${WORKDIR:-runs/tiny}
+"$PYTHON" -m skysense_jax.train --config=configs/tiny.py --workdir="$workdir" "$@"
+echo "Pictures: $workdir/pictures   Metrics: $workdir/metrics.jsonl   Again to go on, or remove $workdir to start anew."

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sourced by the other scripts: a virtual environment in .venv with this package, then PYTHON points into it.
+# Uses $SKYSENSE_PYTHON (default python3) to make it; 3.11 or newer.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+base_python=${SKYSENSE_PYTHON:-python3}
+"$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "Python 3.11 or newer is needed; $base_python is $("$base_python" --version). Set SKYSENSE_PYTHON." >&2
+  exit 1
+}
+[ -x .venv/bin/python ] || "$base_python" -m venv .venv
+PYTHON=$PWD/.venv/bin/python
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --editable . "$@"
+export PYTHON JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}

@@ -1,0 +1,362 @@
+"""What a config may hold: each field's type and range (``_RULES``), and what fields owe each other (``validate``).
+
+Every field stands in ``configs/base.py``; all that is wrong is said at once, before anything is compiled.
+Half of the room ``config.py``, which is what entry points import.
+"""
+
+import dataclasses
+import difflib
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+from skysense_jax import modalities
+from skysense_jax.data import text
+
+# A section is handed to functions that ask for a Mapping; it behaves as one and does not say so.
+Mapping.register(ConfigDict)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Subtrees whose keys are not fixed: dates per modality.
+_FREE_KEYS = ("data.num_dates",)
+
+
+# ---- what one value may be
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _whole(low: int) -> _Rule:
+    return _Rule(lambda value: _is_int(value) and value >= low, f"an integer of {low} or more")
+
+
+def _share(*, below_one: bool = False) -> _Rule:
+    wanted = "a number from 0 to below 1" if below_one else "a number from 0 to 1"
+    return _Rule(lambda value: _is_number(value) and value >= 0 and (value < 1 if below_one else value <= 1), wanted)
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule(lambda value: value in names, f"one of {', '.join(map(repr, names))}")
+
+
+def _integers(count: int) -> _Rule:
+    test = lambda v: isinstance(v, tuple | list) and len(v) == count and all(_is_int(i) and i > 0 for i in v)  # noqa: E731
+    return _Rule(test, f"{count} integers of 1 or more")
+
+
+def _is_source(value: Any) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    return pair and isinstance(value[0], str) and _is_number(value[1]) and value[1] > 0
+
+
+_POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+_NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number of 0 or more")
+_TEXT = _Rule(lambda value: isinstance(value, str), "a string")
+_SWITCH = _Rule(lambda value: isinstance(value, bool), "True or False")
+_ROWS = _Rule(
+    lambda value: isinstance(value, tuple | list) and all(isinstance(row, Mapping) for row in value),
+    "a tuple of dicts, the arguments of modalities.Modality",
+)
+_NAMES = _Rule(
+    lambda value: isinstance(value, tuple | list) and bool(value) and all(isinstance(name, str) for name in value),
+    "a tuple of one or more modality names",
+)
+_SOURCES = _Rule(
+    lambda value: isinstance(value, tuple | list) and bool(value) and all(map(_is_source, value)),
+    'one or more pairs (glob of .array_record files or "scenes", share above 0)',
+)
+_MESH_SIZE = _Rule(lambda value: _is_int(value) and (value >= 1 or value == -1), "1 or more, or -1: what is left")
+
+# Field, or a pattern of fields where `*` stands for one key. The first match counts.
+_RULES: Mapping[str, _Rule] = {
+    "name": _TEXT,
+    "run.log_every_steps": _whole(1),
+    "run.checkpoint_every_steps": _whole(1),
+    "run.keep_last": _whole(1),
+    "run.keep_every_steps": _whole(1),
+    "run.pictures_every_steps": _whole(0),
+    "run.max_nonfinite_in_row": _whole(1),
+    "run.max_bad_record_share": _share(),
+    "run.input_threads": _whole(1),
+    "run.input_workers": _whole(0),
+    "run.prefetch_batches": _whole(1),
+    "run.tensorboard": _SWITCH,
+    "run.wandb_project": _TEXT,
+    "mesh.*": _MESH_SIZE,
+    "efficiency.remat": _one_of("none", "blocks"),
+    "efficiency.scan_unroll": _whole(1),
+    "efficiency.attention": _one_of("xla", "cudnn"),
+    "data.modalities": _NAMES,
+    "data.new_modalities": _ROWS,
+    "data.sources": _SOURCES,
+    "data.batch_size": _whole(1),
+    "data.seed": _whole(0),
+    "data.num_dates.*": _whole(1),
+    "data.photometric_strength": _NOT_NEGATIVE,
+    "data.day_jitter": _whole(0),
+    "data.views.global_box_cells": _integers(2),
+    "data.views.local_box_cells": _integers(2),
+    "data.views.*": _whole(1),
+    "data.scenes.num_scenes": _whole(1),
+    "data.scenes.extent_cells": _whole(1),
+    "data.scenes.*": _whole(0),
+    "model.compute_dtype": _one_of("bfloat16", "float32"),
+    "model.backbone.depths": _integers(4),
+    "model.backbone.mlp_ratio": _POSITIVE,
+    "model.backbone.num_prompts": _whole(0),
+    "model.backbone.merging": _one_of("averaged", "separate"),
+    "model.*.drop_path": _share(below_one=True),
+    "model.backbone.layer_scale_init": _POSITIVE,
+    "model.backbone.num_moe_blocks": _whole(0),
+    "model.backbone.capacity_factor": _POSITIVE,
+    "model.*.mlp_ratio": _POSITIVE,
+    "model.backbone.*": _whole(1),
+    "model.fusion.*": _whole(1),
+    "model.queries.*": _whole(1),
+    "model.heads.*": _whole(1),
+    "model.text_dim": _whole(1),
+    "objective.weights.*": _NOT_NEGATIVE,
+    "objective.mgcl.num_positions": _whole(1),
+    "objective.mgcl.num_clusters": _whole(1),
+    "objective.mgcl.cluster_iterations": _whole(1),
+    "objective.mgcl.*": _NOT_NEGATIVE,
+    "objective.teacher_temperature_warmup_steps": _whole(0),
+    "objective.student_temperature": _POSITIVE,
+    "objective.teacher_temperature": _POSITIVE,
+    "objective.teacher_temperature_start": _POSITIVE,
+    "objective.sinkhorn_iterations": _whole(1),
+    "objective.prototype_freeze_steps": _whole(0),
+    "objective.text_table": _TEXT,
+    "optim.num_steps": _whole(1),
+    "optim.seed": _whole(0),
+    "optim.learning_rate": _POSITIVE,
+    "optim.final_learning_rate": _NOT_NEGATIVE,
+    "optim.warmup_steps": _whole(0),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.beta1": _share(below_one=True),
+    "optim.beta2": _share(below_one=True),
+    "optim.clip_norm": _POSITIVE,
+    "optim.ema_momentum": _share(),
+    "eval.first_index": _whole(0),
+    "eval.*": _whole(1),
+}
+
+
+def rule_for(field: str) -> _Rule:
+    """What the field called ``field`` (dotted) may be. A field of configs/base.py without a rule is our own mistake."""
+    for pattern, rule in _RULES.items():
+        if re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), field):
+            return rule
+    raise AssertionError(f"config.{field} has no row in skysense_jax/config_checks.py: _RULES")
+
+
+# ---- walking
+
+
+def resolve_path(path: str) -> pathlib.Path:
+    """``path`` as it stands if it exists from here, else from the project's root."""
+    given = pathlib.Path(path).expanduser()
+    return given if given.exists() or given.is_absolute() else ROOT / given
+
+
+def is_section(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every section and every field, parents first."""
+    for key in sorted(config):
+        yield prefix + key, config[key]
+        if is_section(config[key]):
+            yield from nodes(config[key], f"{prefix}{key}.")
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    return {path: value for path, value in nodes(config) if not is_section(value)}
+
+
+def hint(field: str, known: Mapping[str, Any]) -> str:
+    """ "; did you mean config.x.y?" with the nearest of ``known``: first among its siblings, then anywhere; or ""."""
+    parent, _, name = field.rpartition(".")
+    siblings = [path for path in known if path.rpartition(".")[0] == parent]
+    for candidates in (siblings, list(known)):
+        last_words = {path.rpartition(".")[2]: path for path in reversed(candidates)}
+        near = difflib.get_close_matches(name, last_words, n=1)
+        if near:
+            return f"; did you mean config.{last_words[near[0]]}?"
+    near = difflib.get_close_matches(field, list(known), n=1)
+    return f"; did you mean config.{near[0]}?" if near else f"; known here: {sorted(siblings) or sorted(known)}"
+
+
+# ---- checking
+
+
+def validate(config: ConfigDict, *, num_devices: int | None = None) -> None:
+    """Nothing, if every field is known, present, of its type and range, and fits the others.
+
+    ``num_devices``: of the whole run, to check the batch against a mesh with a -1.
+
+    Raises:
+      ValueError: all that is wrong, a line each: field, what it is, what was wanted.
+    """
+    problems = _key_problems(config)
+    if not problems:
+        problems = [
+            f"config.{field}: got {value!r}; wanted {rule.wanted}"
+            for field, value in fields_of(config).items()
+            if not (rule := rule_for(field)).accepts(value)
+        ]
+    if not problems:
+        checks = (_data_problems, _view_problems, _model_problems, _objective_problems, _optim_problems)
+        problems = [problem for check in checks for problem in check(config)]
+        problems += _mesh_problems(config, num_devices)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _key_problems(config: ConfigDict) -> list[str]:
+    wanted, got, problems = dict(nodes(base.get_config())), dict(nodes(config)), []
+    free = lambda path: any(path.startswith(f"{section}.") for section in _FREE_KEYS)  # noqa: E731
+    inside = lambda path, roots: any(path.startswith(f"{root}.") for root in roots)  # noqa: E731
+    unknown, missing = [], []
+    for path in got:
+        if path not in wanted and not free(path) and not inside(path, unknown):
+            unknown.append(path)
+            problems.append(f"config.{path}: no such key{hint(path, wanted)}")
+    for path, value in wanted.items():
+        if free(path) or inside(path, missing):
+            continue
+        if path not in got:
+            missing.append(path)
+            wanted_text = "this section" if is_section(value) else f"a value such as {value!r}"
+            problems.append(f"config.{path}: missing; wanted {wanted_text} (see configs/base.py)")
+        elif is_section(got[path]) != is_section(value):
+            problems.append(f"config.{path}: got {got[path]!r}; wanted a {'section' if is_section(value) else 'value'}")
+            missing.append(path)
+    return problems
+
+
+def _data_problems(config: ConfigDict) -> Iterator[str]:
+    data = config.data
+    try:
+        rows = modalities.select(data.modalities, data.new_modalities)
+    except (ValueError, TypeError) as error:  # TypeError: a row with an unknown or a missing argument
+        told = str(error)
+        yield told if told.startswith("config.") else f"config.data.new_modalities: {told}"
+        return
+    for row in rows:
+        if row.name not in data.num_dates:
+            yield f"config.data.num_dates.{row.name}: missing; wanted the dates to draw of a modality that is used"
+    known = {*modalities.MODALITIES, *(row["name"] for row in data.new_modalities)}
+    for name in data.num_dates:
+        if name not in known:
+            yield f"config.data.num_dates.{name}: no such modality; wanted one of {sorted(known)}"
+
+
+def _view_problems(config: ConfigDict) -> Iterator[str]:
+    views = config.data.views
+    for kind in ("global", "local"):
+        (low, high), cells = views[f"{kind}_box_cells"], views[f"{kind}_cells"]
+        field = f"config.data.views.{kind}_box_cells"
+        if low > high:
+            yield f"{field}: got ({low}, {high}); wanted the smallest side first"
+        if not (high < 2 * cells and cells < 2 * low):
+            yield (
+                f"{field}: got ({low}, {high}) resized to {kind}_cells {cells}; wanted sides above {cells / 2:g} and "
+                f"below {2 * cells}, so that no pixel's ground size changes by 2x"
+            )
+        if high > views.anchor_cells:
+            yield f"config.data.views.anchor_cells: got {views.anchor_cells}; wanted {field}'s largest, {high}, or more"
+    if views.anchor_cells % views.tile_cells:
+        yield (
+            f"config.data.views.anchor_cells: got {views.anchor_cells}; wanted a multiple of tile_cells, "
+            f"{views.tile_cells}, so that an anchor is made of whole tiles"
+        )
+
+
+def _model_problems(config: ConfigDict) -> Iterator[str]:
+    backbone, fusion = config.model.backbone, config.model.fusion
+    for name, section in (("backbone", backbone), ("fusion", fusion)):
+        if section.width % section.head_width:
+            yield (
+                f"config.model.{name}.width: got {section.width}; wanted a multiple of head_width, {section.head_width}"
+            )
+    global_blocks = sum(backbone.depths[2:])
+    if backbone.num_moe_blocks > global_blocks:
+        yield (
+            f"config.model.backbone.num_moe_blocks: got {backbone.num_moe_blocks}; wanted at most {global_blocks}, the "
+            f"blocks of stages 3 and 4 (depths {tuple(backbone.depths)}): mixtures of experts are counted from the end"
+        )
+    if backbone.experts_per_token > backbone.num_experts:
+        yield (
+            f"config.model.backbone.experts_per_token: got {backbone.experts_per_token}; wanted at most num_experts, "
+            f"{backbone.num_experts}"
+        )
+    if backbone.head_width % 4:
+        yield (
+            f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "
+            "embedding turns pairs of channels along two axes"
+        )
+
+
+def _objective_problems(config: ConfigDict) -> Iterator[str]:
+    objective, weights = config.objective, config.objective.weights
+    terms = ("mgcl", "qsacl", "text_alignment")
+    if not any(weights[term] for term in terms):
+        yield f"config.objective.weights: got 0 for {', '.join(terms)}; wanted at least one above 0"
+    granularities = ("pixel_weight", "object_weight", "image_weight")
+    if weights.mgcl and not any(objective.mgcl[name] for name in granularities):
+        yield f"config.objective.mgcl: got 0 for {', '.join(granularities)}; wanted one above 0, or weights.mgcl = 0"
+    if weights.text_alignment:
+        try:
+            text.load_text_table(
+                resolve_path(objective.text_table), modalities.OSM.classes, text_dim=config.model.text_dim
+            )
+        except ValueError as error:
+            yield f"{error} (config.objective.weights.text_alignment = 0 needs no table)"
+
+
+def _optim_problems(config: ConfigDict) -> Iterator[str]:
+    optim = config.optim
+    if optim.warmup_steps > optim.num_steps:
+        yield f"config.optim.warmup_steps: got {optim.warmup_steps}; wanted at most num_steps, {optim.num_steps}"
+    if optim.final_learning_rate > optim.learning_rate:
+        yield (
+            f"config.optim.final_learning_rate: got {optim.final_learning_rate}; wanted at most learning_rate, "
+            f"{optim.learning_rate}"
+        )
+
+
+def _mesh_problems(config: ConfigDict, num_devices: int | None) -> Iterator[str]:
+    sizes = dict(config.mesh)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        yield f"config.mesh: got {sizes}; wanted at most one -1"
+        return
+    if free:  # without a number of devices only what is known can be checked; sharding.make_mesh refuses what is left
+        known = math.prod(size for size in sizes.values() if size != -1)
+        fits = num_devices is not None and num_devices % known == 0
+        sizes[free[0]] = num_devices // known if fits else 1
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]  # the axes that samples lie on: sharding.BATCH
+    if config.data.batch_size % shards:
+        yield (
+            f"config.data.batch_size: got {config.data.batch_size}; wanted a multiple of {shards}, the product of the "
+            f"mesh axes data {sizes['data']}, fsdp {sizes['fsdp']} and expert {sizes['expert']}"
+        )

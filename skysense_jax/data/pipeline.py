@@ -1,0 +1,293 @@
+"""The input pipeline (Grain): an endless, shuffled mix of sources as batches of views, the same for any machinery.
+
+What batch number n holds depends on the sources, their shares, the seed and the batch size; not on threads, worker
+processes or the number of training processes, of which each reads its own contiguous part of every batch. So the state
+is one number, and restores exactly under another number of processes or workers. Worker processes import this module:
+nothing here may import jax. Read before it: views.py (one element), records.py and scenes.py (the sources).
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from skysense_jax.data.checks import RecordError
+from skysense_jax.data.records import Record, RecordSource
+from skysense_jax.data.scenes import MODALITIES as SCENE_MODALITIES
+from skysense_jax.data.scenes import SceneSource
+from skysense_jax.data.views import MultiView
+from skysense_jax.modalities import Modality, select
+
+SCENES = "scenes"  # the name of the procedural source
+MAX_TRIES = 16  # records tried in place of an unreadable one before the run stops
+
+_STATE_KEY = "next_index"
+
+
+class Mix:
+    """All records of all sources under one index, source after source; not shuffled, not weighted.
+
+    Args:
+      sources: (glob of .array_record files or "scenes", share of the mix) pairs.
+      modalities: what the run uses.
+      scenes: arguments of ``SceneSource``, read only if "scenes" is among the sources.
+
+    Raises:
+      ValueError: no sources, a share that is not above 0, or an empty dataset.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Sequence],
+        modalities: Sequence[Modality],
+        scenes: Mapping[str, int],
+    ):
+        if not sources or not all(share > 0 for _, share in sources):
+            raise ValueError(
+                f"config.data.sources: got {tuple(sources)}; wanted one or more (glob or {SCENES!r}, share above 0)"
+            )
+        self.names = tuple(name for name, _ in sources)
+        self.shares = tuple(float(share) for _, share in sources)
+        rendered = tuple(row.name for row in modalities if row.name in SCENE_MODALITIES)
+        self._readers = [
+            SceneSource(**scenes, modalities=rendered) if name == SCENES else RecordSource(name, modalities)
+            for name in self.names
+        ]
+        self.ends = np.cumsum([len(reader) for reader in self._readers])
+        if self.ends[-1] > np.iinfo(np.int32).max:
+            raise ValueError(f"config.data.sources: {self.ends[-1]} records; wanted at most {np.iinfo(np.int32).max}")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def range_of(self, source: int) -> range:
+        """The indices of one source's records."""
+        return range(int(self.ends[source - 1]) if source else 0, int(self.ends[source]))
+
+    def source_of(self, index: int) -> int:
+        """Which source the record at ``index`` belongs to."""
+        return int(np.searchsorted(self.ends, index, side="right"))
+
+    def __getitem__(self, index: int) -> Any:
+        """The record at ``index``, a ``SampleReader``; raises RecordError."""
+        source = self.source_of(index)
+        return self._readers[source][index - self.range_of(source).start]
+
+    def describe(self, index: int) -> str:
+        """Where the record at ``index`` comes from."""
+        source = self.source_of(index)
+        local = index - self.range_of(source).start
+        reader = self._readers[source]
+        return reader.locate(local) if isinstance(reader, RecordSource) else f"{self.names[source]}, scene {local}"
+
+
+class LoadViews(grain.transforms.RandomMap):
+    """An index of the mix to its views. An unreadable record is replaced by the next readable one of its source."""
+
+    def __init__(self, mix: Mix, multi_view: MultiView):
+        self._mix, self._multi_view = mix, multi_view
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The views; ``bad_record`` is the index asked for if it could not be read.
+
+        Raises:
+          RecordError: neither it nor the next ones can be read.
+        """
+        index = int(element)
+        candidates = self._mix.range_of(self._mix.source_of(index))
+        seed = rng.integers(2**63)  # each try starts anew, so that a stand-in does not depend on how far a try came
+        tries = min(MAX_TRIES, len(candidates))
+        for attempt in range(tries):
+            record = candidates[(index - candidates.start + attempt) % len(candidates)]
+            try:
+                return self._multi_view(
+                    self._mix[record],
+                    np.random.default_rng(seed),
+                    record=record,
+                    bad_record=index if attempt else -1,
+                )
+            except RecordError as error:
+                last = error
+        raise RecordError(f"{tries} records in a row are unreadable, from {self._mix.describe(index)} on: {last}")
+
+
+class _BatchOrder:
+    """The elements that one training process reads, in an order in which every worker process gets whole batches.
+
+    Grain deals elements to its workers in turn (worker w gets w, w + workers, ...), and each worker batches what it
+    got; element j here is chosen so that batch k of the whole is what worker k mod workers builds next.
+    """
+
+    def __init__(self, elements, *, start: int, batch_size: int, process: range, num_workers: int):
+        self._elements, self._start, self._batch_size = elements, start, batch_size
+        self._process, self._num_workers = process, num_workers
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn, worker = divmod(index, self._num_workers)
+        batch, element = divmod(turn, len(self._process))
+        batch = batch * self._num_workers + worker
+        return self._elements[self._start + batch * self._batch_size + self._process[element]]
+
+
+class PipelineIterator:
+    """An endless iterator: this process's part of each batch, nested dicts of numpy arrays as in batch.Batch."""
+
+    def __init__(
+        self, elements: grain.MapDataset, *, batch_size: int, process: range, num_threads: int, num_workers: int
+    ):
+        self._elements = elements
+        self._batch_size, self._process = batch_size, process
+        self._num_threads, self._num_workers = num_threads, num_workers
+        self._next_index = 0
+        self._running = None
+
+    def __iter__(self) -> "PipelineIterator":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._running is None:
+            self._running = self._start()
+        batch = next(self._running)
+        self._next_index += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """JSON-able: where the stream goes on after the last batch handed out, whatever was read ahead."""
+        return {_STATE_KEY: self._next_index}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; the state may come from another number of processes or workers.
+
+        Raises:
+          ValueError: no state of this pipeline.
+        """
+        if set(state) != {_STATE_KEY} or not isinstance(state[_STATE_KEY], int) or state[_STATE_KEY] < 0:
+            raise ValueError(f"state of the input pipeline: got {dict(state)}; wanted {{{_STATE_KEY!r}: a number}}")
+        self.close()
+        self._next_index = state[_STATE_KEY]
+
+    def close(self) -> None:
+        """Stops threads and worker processes; the next batch starts them again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _start(self) -> grain.DatasetIterator:
+        order = _BatchOrder(
+            self._elements,
+            start=self._next_index,
+            batch_size=self._batch_size,
+            process=self._process,
+            num_workers=max(1, self._num_workers),
+        )
+        # Grain's buffer counts elements here. Without workers it must hold a whole batch to run ahead of the step.
+        ahead = 2 * self._num_threads if self._num_workers else max(2 * self._num_threads, len(self._process))
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
+        dataset = grain.MapDataset.source(order).to_iter_dataset(options).batch(len(self._process), drop_remainder=True)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads flags here and refuses outside absl.app (grain #1355); parsing them later still works.
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+        return iter(dataset)
+
+
+class Pipeline:
+    """A mix, its order and how it is read; every ``iter`` of it starts at the first batch.
+
+    ``num_workers`` 0 reads in this process, with threads. Start worker processes only under
+    ``if __name__ == "__main__"``: they import the main module.
+    """
+
+    def __init__(
+        self,
+        *,
+        mix: Mix,
+        multi_view: MultiView,
+        batch_size: int,
+        seed: int,
+        num_threads: int,
+        num_workers: int,
+        process_index: int,
+        process_count: int,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(
+                f"config.data.batch_size: got {batch_size}; wanted a multiple of the {process_count} processes"
+            )
+        local = batch_size // process_count
+        shuffled = [
+            grain.MapDataset.range(indices.start, indices.stop).seed(seed + source).shuffle().repeat()
+            for source, indices in enumerate(map(mix.range_of, range(len(mix.shares))))
+        ]
+        mixed = grain.MapDataset.mix(shuffled, weights=mix.shares)
+        self._mix = mix
+        self._elements = mixed.seed(seed).random_map(LoadViews(mix, multi_view))
+        self._reading = dict(
+            batch_size=batch_size,
+            process=range(process_index * local, (process_index + 1) * local),
+            num_threads=num_threads,
+            num_workers=num_workers,
+        )
+
+    def __iter__(self) -> PipelineIterator:
+        return PipelineIterator(self._elements, **self._reading)
+
+    def describe(self, index: int) -> str:
+        """Which file and record, or scene, ``record`` or ``bad_record`` number ``index`` is."""
+        return self._mix.describe(index)
+
+    def reason(self, index: int) -> str:
+        """Why a record is unreadable, found by reading all of it again in this process; empty if it is readable."""
+        try:
+            reader = self._mix[index]
+            if isinstance(reader, Record):
+                reader.decode()
+        except RecordError as error:
+            return str(error)
+        return ""
+
+
+def make_pipeline(
+    *,
+    modalities: Sequence[str],
+    new_modalities: Sequence[Mapping[str, Any]],
+    sources: Sequence[Sequence],
+    batch_size: int,
+    seed: int,
+    num_dates: Any,
+    photometric_strength: float,
+    day_jitter: int,
+    views: Any,
+    scenes: Any,
+    input_threads: int,
+    input_workers: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Pipeline:
+    """The pipeline of ``config.data`` (``batch_size`` over all processes), ``run.input_threads`` and ``input_workers``.
+
+    ``num_dates``, ``views`` and ``scenes`` may be ConfigDicts, which are no ``Mapping``.
+
+    Raises:
+      ValueError: an empty dataset, or a field that makes no sense; named in the message.
+    """
+    del photometric_strength  # read inside jit
+    rows = select(modalities, new_modalities)
+    return Pipeline(
+        mix=Mix(sources=sources, modalities=rows, scenes=dict(scenes)),
+        multi_view=MultiView(modalities=rows, num_dates=dict(num_dates), day_jitter=day_jitter, **views),
+        batch_size=batch_size,
+        seed=seed,
+        num_threads=input_threads,
+        num_workers=input_workers,
+        process_index=process_index,
+        process_count=process_count,
+    )

@@ -1,0 +1,230 @@
+"""Linear probes on frozen features of cells, split by scene: what a run has learned, in two numbers a task.
+
+A probe asks whether a logistic regression can read a cell's class off its feature. Tasks are the label map (the text
+objective sees it) and the attributes of procedural scenes that no record carries and no loss ever sees.
+``raw_bands`` is the baseline: the numbers of the cell's own 3x3 neighbourhood. Next: features.py, where features come
+from; benchmarks/learning.py, the table of all of it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Bool, Float, Int, Integer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from skysense_jax.data import scenes
+from skysense_jax.data.sample import SampleReader
+from skysense_jax.eval.features import WholeSample, read_whole, sample_features
+from skysense_jax.modalities import OSM, Modality
+
+LABELS = OSM.name
+# Share of a cell's sub-pixels that must carry an id before the cell has a target [our choice]. An attribute is asked
+# for wherever it applies, so less will do.
+MIN_LABELLED_SHARE = 0.5
+MIN_ATTRIBUTE_SHARE = 0.25
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # grid of LogisticRegression's C, chosen on scenes held out of training
+MAX_CELLS = 10_000  # training cells of a probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Mean intersection over union of the classes present in the test cells, and the share of cells right."""
+
+    miou: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeCells:
+    """Cells of several scenes.
+
+    Attributes:
+      features: one row a cell.
+      targets: per task, the class id of each cell; 0 = the task does not ask about this cell.
+      scenes: which scene each cell lies in.
+    """
+
+    features: Float[np.ndarray, "N D"]
+    targets: Mapping[str, Int[np.ndarray, " N"]]
+    scenes: Int[np.ndarray, " N"]
+
+
+def cell_targets(
+    ids: Integer[np.ndarray, "H W"], *, extent_cells: int, min_share: float
+) -> Int[np.ndarray, "{extent_cells} {extent_cells}"]:
+    """The commonest id other than 0 among each cell's sub-pixels; 0 where less than ``min_share`` of them carry one.
+
+    Of equally common ids the lowest wins.
+    """
+    per_cell = ids.shape[0] // extent_cells
+    blocks = ids.reshape(extent_cells, per_cell, extent_cells, per_cell)
+    counts = np.stack([(blocks == i).sum(axis=(1, 3)) for i in range(int(ids.max()) + 1)], axis=-1)
+    counts[..., 0] = 0
+    return np.where(counts.sum(-1) >= min_share * per_cell**2, counts.argmax(-1), 0)
+
+
+def score(targets: Int[np.ndarray, " N"], predictions: Int[np.ndarray, " N"]) -> Scores:
+    """Scores of class ids against targets; a class that no target has does not enter the mean."""
+    present = np.unique(targets)
+    table = confusion_matrix(targets, predictions, labels=np.union1d(targets, predictions))
+    hits = np.diag(table)
+    union = table.sum(0) + table.sum(1) - hits
+    in_targets = np.isin(np.union1d(targets, predictions), present)
+    return Scores(float((hits[in_targets] / union[in_targets]).mean()), float(hits.sum() / table.sum()))
+
+
+def _fit(features: np.ndarray, targets: np.ndarray, inverse_penalty: float) -> Any:
+    classifier = LogisticRegression(C=inverse_penalty, max_iter=2000, tol=1e-3)
+    with threadpool_limits(
+        1
+    ):  # ten times as fast on a busy machine: threads of such small products wait for each other
+        return make_pipeline(StandardScaler(), classifier).fit(features.astype(np.float64), targets)
+
+
+def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:
+    """Scores on ``test`` of a regularised logistic regression of standardised features, fitted on ``train``.
+
+    The penalty is the one that does best on the last quarter of the training scenes when fitted on the others.
+    At most ``max_cells`` training cells are used, drawn with a fixed seed. Same input, same scores.
+    NaN where there is nothing to tell apart: fewer than two classes to fit on, or no test cell of the task.
+
+    Raises:
+      ValueError: a scene is in both parts.
+    """
+    shared = np.intersect1d(train.scenes, test.scenes)
+    if shared.size:
+        raise ValueError(f"scenes {shared[:5].tolist()} are in training and test cells; a probe is split by scene")
+    asked, test_asked = train.targets[task] > 0, test.targets[task] > 0
+    rows = np.flatnonzero(asked)
+    if rows.size > max_cells:
+        rows = np.sort(np.random.default_rng(0).choice(rows, max_cells, replace=False))
+    features, targets, places = train.features[rows], train.targets[task][rows], train.scenes[rows]
+    if np.unique(targets).size < 2 or not test_asked.any():
+        return Scores(float("nan"), float("nan"))
+
+    all_scenes = np.unique(places)
+    held_out = np.isin(places, all_scenes[len(all_scenes) - len(all_scenes) // 4 :])
+    penalty = INVERSE_PENALTIES[len(INVERSE_PENALTIES) // 2]
+    if held_out.any() and np.unique(targets[~held_out]).size > 1:
+        trials = {}
+        for trial in INVERSE_PENALTIES:
+            predictions = _fit(features[~held_out], targets[~held_out], trial).predict(features[held_out])
+            trials[trial] = score(targets[held_out], predictions).miou
+        penalty = max(trials, key=trials.get)
+    probe = _fit(features, targets, penalty)
+    return score(test.targets[task][test_asked], probe.predict(test.features[test_asked].astype(np.float64)))
+
+
+# ---- from scenes to cells
+
+
+def raw_bands(whole: WholeSample, modalities: Sequence[Modality]) -> Float[np.ndarray, "P Q D"]:
+    """The numbers of each cell's 3x3 neighbourhood: all drawn dates and bands, no learning.
+
+    Of a modality with several pixels a cell: the mean and the deviation of each band in the cell. Edges are repeated.
+    """
+    columns = []
+    for modality in modalities:
+        images, per_cell = whole.images[modality.name].astype(np.float32), modality.pixels_per_cell
+        cells = images.shape[1] // per_cell
+        blocks = images.reshape(images.shape[0], cells, per_cell, cells, per_cell, -1)
+        statistics = [blocks.mean(axis=(2, 4))] + ([blocks.std(axis=(2, 4))] if per_cell > 1 else [])
+        columns += [np.moveaxis(s, 0, 2).reshape(cells, cells, -1) for s in statistics]
+    flat = np.concatenate(columns, axis=-1)
+    padded = np.pad(flat, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows, columns = flat.shape[:2]
+    return np.concatenate([padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3)], axis=-1)
+
+
+def gather_cells(
+    features: Sequence[Float[np.ndarray, "P Q D"]],
+    usable: Sequence[Bool[np.ndarray, "P Q"]],
+    labels: Sequence[Integer[np.ndarray, "H W"] | None],
+    attributes: Sequence[Mapping[str, Integer[np.ndarray, "_ _"]]],
+    *,
+    first_scene: int,
+) -> ProbeCells:
+    """The usable cells of scenes ``first_scene``, ``first_scene + 1``, ..., with their targets per task.
+
+    Label maps and attributes hold class ids, 0 = none. A scene without a label map asks for no label.
+    """
+    rows, places = [], []
+    targets: dict[str, list[np.ndarray]] = {name: [] for name in (LABELS, *sorted(attributes[0]))}
+    for scene, (x, mask, label_map, hidden) in enumerate(zip(features, usable, labels, attributes, strict=True)):
+        rows.append(x[mask])
+        places.append(np.full(int(mask.sum()), first_scene + scene))
+        for name in targets:
+            ids, share = (label_map, MIN_LABELLED_SHARE) if name == LABELS else (hidden[name], MIN_ATTRIBUTE_SHARE)
+            ids = np.zeros((len(mask), len(mask)), np.uint8) if ids is None else ids
+            targets[name].append(cell_targets(ids, extent_cells=len(mask), min_share=share)[mask])
+    joined = {name: np.concatenate(parts) for name, parts in targets.items()}
+    return ProbeCells(np.concatenate(rows), joined, np.concatenate(places))
+
+
+def _probe(
+    read: Callable[[Iterable[SampleReader]], Iterable[tuple[np.ndarray, np.ndarray]]],
+    *,
+    modalities: Sequence[Modality],
+    seed: int,
+    extent_cells: int,
+    first_index: int,
+    num_train_scenes: int,
+    num_test_scenes: int,
+) -> dict[str, float]:
+    names = [m.name for m in modalities if m.name in scenes.MODALITIES]
+    render = functools.partial(scenes.render, seed=seed, extent_cells=extent_cells, modalities=names, complete=True)
+    parts, first = [], first_index
+    for count in (num_train_scenes, num_test_scenes):
+        drawn = [render(i) for i in range(first, first + count)]
+        features, usable = zip(*read(scene.sample for scene in drawn))
+        labels, attributes = [s.sample.labels for s in drawn], [s.attributes for s in drawn]
+        parts.append(gather_cells(features, usable, labels, attributes, first_scene=first))
+        first += count
+    scores = {task: linear_probe(*parts, task=task) for task in parts[0].targets}
+    return {f"{task}/{name}": value for task, s in scores.items() for name, value in dataclasses.asdict(s).items()}
+
+
+def probe_scenes(
+    model: nn.Module,
+    params: Any,
+    modalities: Sequence[Modality],
+    *,
+    cells: int,
+    num_dates: Mapping[str, int],
+    batch_size: int,
+    **which: int,
+) -> dict[str, float]:
+    """``{task/miou, task/accuracy}`` of a linear probe on frozen fused features of procedural scenes.
+
+    ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``; ``which`` scenes: ``seed`` and
+    ``extent_cells`` of the generator, ``first_index``, ``num_train_scenes``, and after them ``num_test_scenes``.
+    NaN where the scenes hold nothing to tell apart.
+    """
+
+    def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        found = sample_features(
+            model, params, modalities, samples, cells=cells, num_dates=num_dates, batch_size=batch_size
+        )
+        return ((f.fused, f.fused_usable) for f in found)
+
+    return _probe(read, modalities=modalities, **which)
+
+
+def probe_raw_bands(modalities: Sequence[Modality], *, num_dates: Mapping[str, int], **which: int) -> dict[str, float]:
+    """The same scores as ``probe_scenes``, of ``raw_bands``: the baseline that needs no network."""
+
+    def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        for sample in samples:
+            whole = read_whole(sample, modalities, num_dates=num_dates)
+            clear = [whole.cell_usable[m.name].any(axis=0) for m in modalities]
+            yield raw_bands(whole, modalities), np.any(clear, axis=0)
+
+    return _probe(read, modalities=modalities, **which)

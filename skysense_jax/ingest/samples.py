@@ -1,0 +1,201 @@
+"""Turns a folder of small real samples into records: ``python -m skysense_jax.ingest.samples --source=DIR --out=DIR``.
+
+One ArrayRecord file per kind of sample, ``rejected.jsonl`` with a reason for every file that became none, and
+``statistics.json`` with means and deviations per kind. The folder under --out appears when everything in it is written.
+Kinds and the folders that they come from: ``KINDS``. What trains on the result: configs/real_mix.py, whose
+``new_modalities`` are the rows that the table lacks. A place is what one source says is one place; nothing is joined.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from skysense_jax.data.checks import RecordError
+from skysense_jax.data.records import ShardWriter, encode_sample
+from skysense_jax.data.sample import Sample
+from skysense_jax.ingest import read_aerial, read_sentinel
+from skysense_jax.ingest.rasters import Refused
+from skysense_jax.ingest.read_sentinel import Item
+from skysense_jax.modalities import Modality
+
+_Find = Callable[[pathlib.Path, Mapping[str, Modality]], list[Item]]
+
+KINDS: dict[str, tuple[str, _Find]] = {  # kind: (folder of the source, what finds its items)
+    "triple": ("treesatai_ts_sample", lambda folder, rows: read_sentinel.find_triples(folder)),
+    "sentinel_series": ("worldcereal_patches", lambda folder, rows: read_sentinel.find_patches(folder)),
+    "sentinel_single": ("terramesh_examples", lambda folder, rows: read_sentinel.find_tiles(folder)),
+    "scenes": ("s2_scenes", lambda folder, rows: read_sentinel.find_scenes(folder)),
+    "hr": ("aerial_hr", lambda folder, rows: read_aerial.find_aerial(folder)),
+    "naip": ("chesapeake_naip_1m", read_aerial.find_naip),
+    "pan_osm": ("spacenet_samples", read_aerial.find_panchromatic),
+    "extracts": ("osm_extracts", lambda folder, rows: read_aerial.find_extracts(folder)),
+}
+_NOTES = (".md", ".csv")  # files that describe others
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A file, relative to the source, that became no sample, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclasses.dataclass
+class _Moments:
+    """Running sums per band over valid pixels."""
+
+    count: int = 0
+    total: np.ndarray | float = 0.0
+    squares: np.ndarray | float = 0.0
+
+    def add(self, pixels: np.ndarray) -> None:
+        values = pixels.astype(np.float64)
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.squares = self.squares + (values**2).sum(0)
+
+    def summary(self) -> dict[str, list[float] | int]:
+        mean = self.total / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        return dict(pixels=self.count, mean=np.round(mean, 3).tolist(), std=np.round(std, 3).tolist())
+
+
+@dataclasses.dataclass
+class Kind:
+    """What one kind came to.
+
+    Attributes:
+      samples, dates, rejected: how many; dates over all modalities.
+      moments: per modality.
+    """
+
+    samples: int = 0
+    dates: int = 0
+    rejected: int = 0
+    moments: dict[str, _Moments] = dataclasses.field(default_factory=dict)
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        for name, series in sample.series.items():
+            self.dates += len(series.days)
+            self.moments.setdefault(name, _Moments()).add(series.images[series.valid])
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion made."""
+
+    kinds: Mapping[str, Kind]
+    rejected: Sequence[Rejected]
+
+    def table(self) -> str:
+        lines = [f"{'kind':16} {'samples':>7} {'dates':>6} {'rejected':>8}"]
+        lines += [f"{name:16} {k.samples:7} {k.dates:6} {k.rejected:8}" for name, k in self.kinds.items()]
+        unread = len(self.rejected) - sum(kind.rejected for kind in self.kinds.values())
+        return "\n".join([*lines, f"{'(no reader)':16} {0:7} {0:6} {unread:8}"])
+
+    def statistics(self) -> dict[str, dict[str, dict]]:
+        """Per kind and modality: number of valid pixels, clouds included, and mean and deviation of each band."""
+        return {
+            name: {modality: moments.summary() for modality, moments in kind.moments.items()}
+            for name, kind in self.kinds.items()
+            if kind.samples
+        }
+
+
+def convert(source: pathlib.Path, out: pathlib.Path, *, modalities: Sequence[Modality]) -> Report:
+    """What was made of ``source``; writes ``out``, which must not exist or be empty.
+
+    Raises:
+      ValueError: ``source`` is no folder of samples, ``out`` holds something, or not one sample came of it.
+    """
+    if not any((source / folder).is_dir() for folder, _ in KINDS.values()):
+        wanted = ", ".join(folder for folder, _ in KINDS.values())
+        raise ValueError(f"--source: {source} has none of the folders {wanted}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not empty; wanted a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        report = _convert_into(source, unfinished, modalities)
+        if not sum(kind.samples for kind in report.kinds.values()):
+            reasons = "\n".join(f"  {r.file}: {r.reason}" for r in report.rejected)
+            raise ValueError(f"--source: {source} holds no sample; rejected:\n{reasons}")
+        os.replace(unfinished, out)
+    finally:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+    return report
+
+
+def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[Modality]) -> Report:
+    rows = {row.name: row for row in modalities}
+    kinds: dict[str, Kind] = {}
+    rejected: list[Rejected] = []
+    claimed: set[pathlib.Path] = set()
+    for name, (folder, find) in KINDS.items():
+        kind = kinds[name] = Kind()
+        items = find(source / folder, rows) if (source / folder).is_dir() else []
+        payloads: list[bytes] = []
+        for item in items:
+            claimed.update(item.files)
+            try:
+                samples = list(item.read())
+                encoded = [encode_sample(sample, modalities) for sample in samples]  # all of a place, or nothing
+            except (Refused, RecordError, OSError) as error:  # OSError: a file that its library cannot open
+                kind.rejected += 1
+                rejected.append(Rejected(str(item.path.relative_to(source)), str(error)))
+                continue
+            payloads += encoded
+            for sample in samples:
+                kind.add(sample)
+        if payloads:
+            with ShardWriter(out / f"{name}-00000-of-00001.array_record") as writer:
+                for payload in payloads:
+                    writer.write(payload)
+    for path in sorted(p for p in source.rglob("*") if p.is_file() and p.suffix not in _NOTES):
+        if path not in claimed:
+            rejected.append(Rejected(str(path.relative_to(source)), "no reader for this file"))
+    with (out / "rejected.jsonl").open("w") as file:
+        file.writelines(json.dumps(dataclasses.asdict(r)) + "\n" for r in rejected)
+    report = Report(kinds=kinds, rejected=rejected)
+    (out / "statistics.json").write_text(json.dumps(report.statistics(), indent=1) + "\n")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Nothing; the command line."""
+    from configs import real_mix  # the rows that its runs read are the rows that are written
+    from skysense_jax.modalities import MODALITIES, select
+
+    parser = argparse.ArgumentParser(description="Small real samples as ArrayRecord files, one per kind.")
+    parser.add_argument("--source", type=pathlib.Path, required=True, help="folder with a folder per data set")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the records")
+    options = parser.parse_args(arguments)
+    new = real_mix.get_config().data.new_modalities
+    try:
+        report = convert(
+            options.source,
+            options.out,
+            modalities=select([*MODALITIES, *(row["name"] for row in new)], new),
+        )
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    for entry in report.rejected:
+        print(f"rejected {entry.file}: {entry.reason}")
+    print(report.table())
+    for kind, found in report.statistics().items():
+        for modality, numbers in found.items():
+            print(f"{kind} {modality}: {', '.join(f'{name} {value}' for name, value in numbers.items())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""L_CL: cross entropy between the student's and the teacher's distribution over prototypes, and what it stands on.
+
+The teacher's distribution is balanced by Sinkhorn-Knopp over all rows of the global batch (DINOv2, arXiv 2304.07193);
+teacher targets carry no gradient. Every loss here returns a ``Term``, so that shards and microbatches add.
+Next: mgcl.py and qsacl.py, which say what the rows are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Scalar = Float[Array, ""] | float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss as sum and count over rows, fp32 scalars; (0, 0) when there is nothing to say. Terms add."""
+
+    sum: Any
+    count: Any
+
+    def __add__(self, other: "Term") -> "Term":
+        return Term(self.sum + other.sum, self.count + other.count)
+
+    def mean(self) -> Float[Array, ""]:
+        """Sum over count; 0 if the count is 0."""
+        return self.sum / jnp.where(self.count > 0, self.count, 1.0)
+
+
+def unit(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Rows of length 1, in fp32; a zero row stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def safe_divide(x: Float[Array, "..."], count: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x / count``, and ``x`` where the count is 0 (where ``x``, a sum over nothing, is 0 too)."""
+    return x / jnp.where(count > 0, count, 1.0)
+
+
+def sinkhorn(
+    logits: Float[Array, "N Z"], valid: Bool[Array, " N"], *, temperature: Scalar, iterations: int
+) -> Float[Array, "N Z"]:
+    """Each row's balanced distribution over prototypes, fp32, without gradient; zero for invalid rows.
+
+        q[n][z] = exp(logits[n][z] / temperature) for valid n
+        repeat: divide each column by its sum over n; divide each row by its sum over z
+
+    Computed as potentials of rows and columns in the log domain: no overflow at any temperature. Constant factors of
+    SwAV's form (arXiv 2006.09882), such as 1/N and 1/Z, cancel in the last row division and are left out.
+    """
+    scores = jnp.where(valid[:, None], jax.lax.stop_gradient(logits).astype(jnp.float32) / temperature, 0.0)
+    rows, columns = jnp.zeros((len(scores), 1), jnp.float32), jnp.zeros(scores.shape[1], jnp.float32)
+    for _ in range(iterations):
+        mass = jax.nn.logsumexp(jnp.where(valid[:, None], scores + rows, -jnp.inf), axis=0)
+        columns = jnp.where(jnp.isfinite(mass), -mass, 0.0)  # -inf: no valid row at all
+        rows = -jax.nn.logsumexp(scores + columns, axis=1, keepdims=True)
+    return jnp.where(valid[:, None], jax.nn.softmax(scores + columns, axis=1), 0.0)
+
+
+def cross_entropy(
+    student_logits: Float[Array, "*rows Z"],
+    teacher_probs: Float[Array, "*rows Z"],
+    weight: Float[Array, "*rows"],
+    *,
+    temperature: Scalar,
+) -> Term:
+    """The weighted sum over rows, and the sum of weights.
+
+        for n: sum -= weight[n] * sum_z teacher_probs[n][z] * log softmax(student_logits[n] / temperature)[z]
+
+    Linear in ``teacher_probs``: a row with several teachers may as well have their mean with the summed weight.
+    """
+    log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature, axis=-1)
+    of_row = -(jax.lax.stop_gradient(teacher_probs) * log_probs).sum(-1)
+    weight = weight.astype(jnp.float32)
+    return Term((weight * of_row).sum(), weight.sum())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetEntropy:
+    """Collapse signals in nats.
+
+    Attributes:
+      of_rows: mean entropy of a row; log Z: the teacher says nothing.
+      of_mean: entropy of the mean row; 0: every row says the same prototype.
+    """
+
+    of_rows: Any
+    of_mean: Any
+
+
+def target_entropy(probs: Float[Array, "*rows Z"], valid: Bool[Array, "*rows"]) -> TargetEntropy:
+    """How sharp the valid rows of teacher targets are and how evenly they use the prototypes; 0 without valid rows."""
+    weight = valid.astype(jnp.float32)
+    count = jnp.maximum(weight.sum(), 1.0)
+    axes = tuple(range(probs.ndim - 1))
+    mean = (probs * weight[..., None]).sum(axes) / count
+    return TargetEntropy((entropy(probs) * weight).sum() / count, entropy(mean))
+
+
+def entropy(probs: Float[Array, "*rows Z"]) -> Float[Array, "*rows"]:
+    """Of each row, in nats; 0 for a row of zeros."""
+    return -jax.scipy.special.xlogy(probs, probs).sum(-1)

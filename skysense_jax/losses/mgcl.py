@@ -1,0 +1,264 @@
+"""L_MGCL: multi-granularity contrastive learning on one set of features (a modality's, or the fused ones).
+
+Student and teacher features of the same ground are compared at pixel, object and image level (SkySense, arXiv
+2312.10115 sec. 3.3). Three steps, so that microbatches can share one Sinkhorn: ``teacher_rows`` (per microbatch),
+``balance`` (once), ``student_terms`` (per microbatch); ``combine`` makes one loss of all sets. As plain loops:
+
+    for sample b, student view v, teacher view u (not the same view), date t:
+      pixel:  for drawn token s of v: student[s] against the teacher's features read at the ground of s
+      object: the teacher clusters its tokens of u; a[s][c] = its soft assignment read at the ground of s;
+              for cluster c: sum_s a[s][c] student[s] / sum_s a[s][c] against the same mean of the teacher's at s
+      image:  mean of student tokens against mean of teacher tokens
+      every row: CE(head(student row), Sinkhorn over all rows of the granularity(head(teacher row)))
+    per granularity the mean over valid rows
+
+A token s counts if it is usable and all teacher tokens it reads are; the object granularity's clustering and the
+numbers of positions and clusters are our choice. In shapes, Ns, Nt, Nd as in matching.py, Nc clusters, n rows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from skysense_jax.losses.contrastive import (
+    Scalar,
+    Term,
+    cross_entropy,
+    safe_divide,
+    sinkhorn,
+    target_entropy,
+    unit,
+)
+from skysense_jax.losses.matching import Match
+
+GRANULARITIES = ("pixel", "object", "image")
+# (granularity, features [*rows D]) to prototype logits [*rows Z]
+Project = Callable[[str, Any], Any]
+
+_CLUSTER_TEMPERATURE = 0.1  # of cosine similarities in the clustering [our choice]
+_CLUSTER_SINKHORN_ITERATIONS = 3
+_HIDDEN_SHARE = 1e-4  # of bilinear weight on unusable teacher tokens that rounding may leave
+
+_einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)  # noqa: E731  # geometry and means: fp32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Features of the views of one shape on the cell grid, and where they may be compared."""
+
+    features: Any  # B V T N D
+    usable: Any  # B V T N, bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeacherRows:
+    """What the teacher says before the Sinkhorn. The first axis of every array is the batch.
+
+    Attributes:
+      logits: per granularity, of all teacher rows.
+      valid: which of them count in the Sinkhorn.
+      pairs: per granularity and group of student views, which (student row, teacher view) are compared.
+      assignment: per group, the clusters moved to the student's tokens; empty without the object granularity.
+    """
+
+    logits: Mapping[str, Any]  # {granularity: B n Z}
+    valid: Mapping[str, Any]  # {granularity: B n} bool
+    pairs: Mapping[str, tuple[Any, ...]]  # pixel: B V U T Nd, object: B V U T Nc, image: B V U T; bool
+    assignment: tuple[Any, ...]  # B V U T Ns Nc
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What student rows are compared with; rows of all groups in a line.
+
+    Attributes:
+      probs: per granularity, of each student row the mean over the teacher views it is compared with.
+      weight: in how many comparisons that is.
+      assignment: as in ``TeacherRows``.
+      entropy: per granularity a ``TargetEntropy``.
+    """
+
+    probs: Mapping[str, Any]  # {granularity: B n Z}
+    weight: Mapping[str, Any]  # {granularity: B n}
+    assignment: tuple[Any, ...]
+    entropy: Mapping[str, Any]
+
+
+def teacher_rows(
+    teacher: Tokens,
+    student_usable: Sequence[Bool[Array, "B _V T _Ns"]],
+    matches: Sequence[Match],
+    *,
+    project: Project,
+    num_clusters: int,
+    cluster_iterations: int,
+    granularities: Sequence[str] = GRANULARITIES,
+) -> TeacherRows:
+    """What the teacher's global views say to each group of student views, before the Sinkhorn."""
+    features = jnp.where(teacher.usable[..., None], teacher.features.astype(jnp.float32), 0.0)
+    comparable = [_comparable(match, usable, teacher.usable) for match, usable in zip(matches, student_usable)]
+    rows, valid, pairs, assignment = {}, {}, {}, ()
+    if "pixel" in granularities:
+        weights = [_at_drawn(match.weights, match.drawn, axis=3) for match in matches]
+        pairs["pixel"] = tuple(_at_drawn(c, m.drawn, axis=4) for c, m in zip(comparable, matches))
+        rows["pixel"] = [_einsum("bvusn,butnd->bvutsd", w, features) for w in weights]
+        valid["pixel"] = pairs["pixel"]
+    if "object" in granularities:
+        clusters = cluster(features, teacher.usable, num_clusters=num_clusters, iterations=cluster_iterations)
+        assignment = tuple(
+            _einsum("bvusn,butnc->bvutsc", m.weights, clusters) * c[..., None] for m, c in zip(matches, comparable)
+        )
+        mass = [a.sum(4) for a in assignment]  # B V U T Nc
+        pulled = [_einsum("bvutsc,bvusn->bvutcn", a, m.weights) for a, m in zip(assignment, matches)]
+        sums = [_einsum("bvutcn,butnd->bvutcd", p, features) for p in pulled]
+        rows["object"] = [safe_divide(x, m[..., None]) for x, m in zip(sums, mass)]
+        pairs["object"] = tuple(m >= 1 for m in mass)  # less than a token is no ground to compare
+        valid["object"] = pairs["object"]
+    if "image" in granularities:
+        seen = teacher.usable.any(3)  # B U T
+        rows["image"], valid["image"] = [_mean_token(features, teacher.usable)], [seen]
+        pairs["image"] = tuple(
+            m.paired[:, :, None] & usable.any(3)[:, :, None] & seen[:, None]
+            for m, usable in zip(matches, student_usable)
+        )
+    logits = {name: project(name, _in_line(x)) for name, x in rows.items()}
+    return jax.lax.stop_gradient(
+        TeacherRows(logits, {name: _in_line(v, row_axes=0) for name, v in valid.items()}, pairs, assignment)
+    )
+
+
+def balance(rows: TeacherRows, *, temperature: Scalar, iterations: int) -> Targets:
+    """The teacher's balanced distributions: one Sinkhorn per granularity over all its valid rows."""
+    targets, weight, entropy = {}, {}, {}
+    for name, logits in rows.logits.items():
+        flat = sinkhorn(
+            logits.reshape(-1, logits.shape[-1]),
+            rows.valid[name].reshape(-1),
+            temperature=temperature,
+            iterations=iterations,
+        )
+        probs = flat.reshape(logits.shape)
+        entropy[name] = target_entropy(probs, rows.valid[name])
+        pairs = rows.pairs[name]
+        if name == "pixel":  # invalid rows are zero
+            groups = [p.sum(2) for p in _out_of_line(probs, pairs)]
+        elif name == "object":  # the student's row depends on the teacher's clusters: no mean over teacher views
+            groups = _out_of_line(probs, pairs)
+        else:
+            images = probs.reshape(len(probs), *pairs[0].shape[2:], -1)  # B U T Z
+            groups = [_einsum("bvut,butz->bvtz", p.astype(jnp.float32), images) for p in pairs]
+        counts = [p.astype(jnp.float32) if name == "object" else p.sum(2).astype(jnp.float32) for p in pairs]
+        weight[name] = _in_line(counts, row_axes=0)
+        targets[name] = safe_divide(_in_line(groups), weight[name][..., None])
+    return Targets(targets, weight, rows.assignment, entropy)
+
+
+def student_terms(
+    students: Sequence[Tokens], matches: Sequence[Match], targets: Targets, *, project: Project, temperature: Scalar
+) -> dict[str, Term]:
+    """Per granularity, the cross entropy summed over all comparisons, and their number."""
+    groups = [jnp.where(s.usable[..., None], s.features.astype(jnp.float32), 0.0) for s in students]
+    rows = {}
+    for name in targets.probs:
+        if name == "pixel":  # each drawn token is projected once, whatever the number of teacher views
+            rows[name] = [_at_drawn(x, match.drawn, axis=3) for x, match in zip(groups, matches)]
+        elif name == "object":
+            rows[name] = [
+                safe_divide(_einsum("bvutsc,bvtsd->bvutcd", a, x), a.sum(4)[..., None])
+                for a, x in zip(targets.assignment, groups)
+            ]
+        else:
+            rows[name] = [_mean_token(x, s.usable) for x, s in zip(groups, students)]
+    return {
+        name: cross_entropy(
+            project(name, _in_line(x)), targets.probs[name], targets.weight[name], temperature=temperature
+        )
+        for name, x in rows.items()
+    }
+
+
+def combine(terms: Mapping[str, Mapping[str, Term]], *, weights: Mapping[str, Any]) -> Term:
+    """Sum over the sets of features that have something to say, and their number; ``weights`` by granularity.
+
+        for each set: sum += sum_g weights[g] mean_g / sum_g weights[g], over the granularities g that have rows
+
+    Linear in the sums of the terms, so that a microbatch may hold its own sums and the whole batch's counts.
+    """
+    total, zero = Term(jnp.float32(0), jnp.float32(0)), jnp.float32(0)
+    for of_set in terms.values():
+        speaks = {name: jnp.where(term.count > 0, weights[name], zero) for name, term in of_set.items()}
+        weight = sum(speaks.values(), zero)
+        value = sum((speaks[name] * term.mean() for name, term in of_set.items()), zero)
+        total += Term(safe_divide(value, weight), (weight > 0).astype(jnp.float32))
+    return total
+
+
+def cluster(
+    features: Float[Array, "B U T N D"], usable: Bool[Array, "B U T N"], *, num_clusters: int, iterations: int
+) -> Float[Array, "B U T N Nc"]:
+    """Soft, balanced assignment of each image's usable tokens to clusters; zero for other tokens. Our choice.
+
+        x = tokens minus their mean, unit length; centroids = num_clusters of them, evenly spaced over the usable ones
+        repeat: a = Sinkhorn(cosine(x, centroids)); centroids = unit(sum_n a[n] x[n])
+
+    Without the centring the cosines of one image's tokens are all near 1 and the clusters all alike.
+    """
+    shape = usable.shape
+    features, usable = rearrange(features, "B U T N D -> (B U T) N D"), rearrange(usable, "B U T N -> (B U T) N")
+    mean = _mean_token(features, usable)
+    x = unit(jnp.where(usable[..., None], features - mean[:, None], 0.0))
+    rank = jnp.cumsum(usable, axis=1) - 1
+    seeds = ((jnp.arange(num_clusters) + 0.5) / num_clusters * usable.sum(1, keepdims=True)).astype(jnp.int32)
+    is_seed = (rank[:, None, :] == seeds[:, :, None]) & usable[:, None, :]
+    centroids = jnp.einsum("icn,ind->icd", is_seed.astype(jnp.float32), x)
+    balanced = jax.vmap(
+        lambda scores, valid: sinkhorn(
+            scores, valid, temperature=_CLUSTER_TEMPERATURE, iterations=_CLUSTER_SINKHORN_ITERATIONS
+        )
+    )
+    assignment = balanced(jnp.einsum("ind,icd->inc", x, centroids), usable)
+    for _ in range(iterations - 1):
+        centroids = unit(jnp.einsum("inc,ind->icd", assignment, x))
+        assignment = balanced(jnp.einsum("ind,icd->inc", x, centroids), usable)
+    return assignment.reshape(*shape, num_clusters)
+
+
+def _comparable(match, student_usable, teacher_usable) -> Bool[Array, "B V U T Ns"]:
+    """Student tokens that are usable and whose ground the teacher sees."""
+    hidden = _einsum("bvusn,butn->bvuts", match.weights, (~teacher_usable).astype(jnp.float32))
+    return match.inside[:, :, :, None] & student_usable[:, :, None] & (hidden < _HIDDEN_SHARE)
+
+
+def _at_drawn(x, drawn, *, axis):
+    """``x`` [B V ...] with each view's drawn tokens taken from ``axis``."""
+    return jax.vmap(lambda x, drawn: jnp.take(x, drawn, axis=axis - 1), in_axes=(1, 0), out_axes=1)(x, drawn)
+
+
+def _mean_token(features, usable):
+    """[... D], mean over the usable ones of [... N D], whose unusable ones are zero."""
+    return safe_divide(features.sum(-2), usable.sum(-1).astype(jnp.float32)[..., None])
+
+
+def _in_line(groups, *, row_axes=1):
+    """All groups' [B ...] rows behind each other: [B n] and the last ``row_axes`` axes."""
+    lines = [x.reshape(len(x), -1, *x.shape[x.ndim - row_axes :]) for x in groups]
+    return jnp.concatenate(lines, axis=1)
+
+
+def _out_of_line(line, like):
+    """[B n Z], taken apart into groups with the shapes of ``like`` and Z."""
+    groups, start = [], 0
+    for x in like:
+        end = start + math.prod(x.shape[1:])
+        groups.append(line[:, start:end].reshape(*x.shape, line.shape[-1]))
+        start = end
+    return groups

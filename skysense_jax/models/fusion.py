@@ -1,0 +1,121 @@
+"""Fusion over dates and modalities: one feature a cell (SkySense, arXiv 2312.10115 sec. 3.2; kept by SkySense V2).
+
+Per cell, a class token and the features of all modalities and dates of that cell are a short sequence for a Transformer
+encoder; what the class token becomes is the fused feature. Cells do not see each other here: the backbone did that.
+Next: queries.py, which reads the fused features.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from skysense_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, partitioned
+from skysense_jax.models.vit import GlobalBlock
+from skysense_jax.sharding import EMBED, LAYERS, UNSHARDED, constrain_batch
+
+DAYS = 367  # 1-366, and 0 for undated
+
+
+class Fusion(nn.Module):
+    """The encoder: linear layer to ``width``, embeddings of day and modality, blocks without LayerScale, final norm.
+
+    Attributes: fields of ``config.model.fusion`` and ``config.efficiency`` (configs/base.py), where each is explained,
+    and the names of the modalities whose embeddings exist.
+    """
+
+    modalities: tuple[str, ...]
+    width: int
+    depth: int
+    head_width: int
+    mlp_ratio: int | float = 4
+    drop_path: int | float = 0.0
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention: str = "xla"
+    compute_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "B V _T P Q D"]],
+        usable: Mapping[str, Bool[Array, "B V _T P Q"]],
+        day_of_year: Mapping[str, Int[Array, "B _T"]],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "B V P Q F"], Bool[Array, "B V P Q"]]:
+        """The fused feature of each cell, and where at least one modality and date was usable.
+
+        Any subset of the modalities may be there; what is not usable changes nothing. Days are 1-366, 0 for undated.
+        ``train`` turns on drop path (key "drop_path", asked for only if ``drop_path`` is above 0).
+
+        Raises:
+          ValueError: an unknown modality, or a head width that does not divide the width.
+        """
+        self._check_fields(features)
+        dtype = self.compute_dtype
+        project = Dense(self.width, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="project")
+        table = lambda name, shape: self.param(name, partitioned(KERNEL_INIT, *(UNSHARDED,) * len(shape)), shape)  # noqa: E731
+        days = table("day_embedding", (DAYS, self.width))
+        kinds = table("modality_embedding", (len(self.modalities), self.width))
+        class_token = table("class_token", (self.width,))
+
+        names = [name for name in self.modalities if name in features]
+        batch, views, _, rows, columns, _ = features[names[0]].shape
+        tokens, valid = (
+            [jnp.broadcast_to(class_token, (batch, views * rows * columns, 1, self.width)).astype(dtype)],
+            [],
+        )
+        for name in names:
+            # a day outside the table becomes NaN, not another day
+            day = jnp.take(days, day_of_year[name], axis=0, mode="fill") + kinds[self.modalities.index(name)]
+            x = rearrange(project(features[name]), "B V T P Q D -> B (V P Q) T D")
+            tokens.append(x + day[:, None].astype(dtype))
+            valid.append(rearrange(usable[name], "B V T P Q -> B (V P Q) T"))
+        any_usable = jnp.concatenate(valid, axis=2).any(2)
+        valid = jnp.concatenate([jnp.ones((*any_usable.shape, 1), bool), *valid], axis=2)
+        x = self._scan(constrain_batch(jnp.concatenate(tokens, axis=2)), valid, train)
+        fused = LayerNorm(compute_dtype=dtype, name="norm")(x[:, :, 0])
+        to_grid = lambda x: x.reshape(batch, views, rows, columns, *x.shape[2:])  # noqa: E731
+        return to_grid(fused), to_grid(any_usable)
+
+    def _check_fields(self, features):
+        if not features or not set(features) <= set(self.modalities):
+            raise ValueError(
+                f"config.data.modalities: got features of {sorted(features)}; wanted one or more of {self.modalities}"
+            )
+        if self.width % self.head_width:
+            raise ValueError(
+                f"config.model.fusion.head_width: got {self.head_width}; wanted a divisor of width {self.width}"
+            )
+
+    def _scan(self, x, valid, train):
+        """All blocks, one after the other; their parameters are stacked under "blocks"."""
+        block = GlobalBlock(
+            head_width=self.head_width,
+            mlp_ratio=self.mlp_ratio,
+            layer_scale_init=None,
+            attention=self.attention,
+            compute_dtype=self.compute_dtype,
+            name="blocks",
+        )
+
+        def body(block, x, rate):
+            return block(x, valid=valid, drop_rate=rate, train=train)
+
+        if self.remat == "blocks":
+            body = nn.remat(body, prevent_cse=False)  # the scan keeps the two passes apart
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            length=self.depth,
+            unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+        rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.depth), jnp.float32)
+        return scanned(block, x, rates if train and self.drop_path else None)[0]

@@ -1,0 +1,68 @@
+"""What objectives read: prototype logits of a feature, and a cell's feature in the space of the text encoder.
+
+Stage outputs carry no norm, so each head begins with one [our choice]. Next: skysense.py, which says which heads exist.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from skysense_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, partitioned
+from skysense_jax.sharding import EMBED, MLP, PROTOTYPES, UNSHARDED
+
+_INITIAL_TEMPERATURE, _MAX_SCALE = 0.07, 100.0  # as CLIP (arXiv 2103.00020)
+
+
+def unit(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Rows of length 1, in fp32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+class ProjectionHead(nn.Module):
+    """A 3-layer MLP to a unit bottleneck, then cosines with the prototypes (DINOv2, arXiv 2304.07193).
+
+    Attributes:
+      num_prototypes: rows of the parameter ``prototypes``, whose length does not matter.
+    """
+
+    hidden_dim: int
+    bottleneck_dim: int
+    num_prototypes: int
+    compute_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
+        """Cosine of each row with each prototype, fp32."""
+        dtype = self.compute_dtype
+        x = LayerNorm(compute_dtype=dtype, name="norm")(x)
+        x = Dense(self.hidden_dim, axes=(EMBED, MLP), compute_dtype=dtype, name="hidden1")(x)
+        x = nn.gelu(x, approximate=False)
+        x = Dense(self.hidden_dim, axes=(MLP, EMBED), compute_dtype=dtype, name="hidden2")(x)
+        x = nn.gelu(x, approximate=False)
+        x = Dense(self.bottleneck_dim, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="bottleneck")(x)
+        init = partitioned(KERNEL_INIT, PROTOTYPES, UNSHARDED)
+        prototypes = self.param("prototypes", init, (self.num_prototypes, self.bottleneck_dim))
+        return jnp.einsum("...d,zd->...z", unit(x), unit(prototypes))
+
+
+class TextHead(nn.Module):
+    """A linear layer into the text encoder's space, and the learned temperature of similarities there."""
+
+    text_dim: int
+    compute_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
+        """Unit rows in the text space, fp32, and one over the temperature, at most 100."""
+        x = LayerNorm(compute_dtype=self.compute_dtype, name="norm")(x)
+        x = Dense(self.text_dim, compute_dtype=self.compute_dtype, name="project")(x)
+        init = nn.initializers.constant(math.log(_INITIAL_TEMPERATURE))
+        log_scale = -self.param("log_temperature", partitioned(init), ())
+        clamped = jnp.minimum(log_scale, math.log(_MAX_SCALE))
+        # the gradient passes the clamp, or a temperature once too low could never rise again
+        return unit(x), jnp.exp(log_scale + jax.lax.stop_gradient(clamped - log_scale))

@@ -1,0 +1,158 @@
+"""The whole network: unified backbone, fusion, query decoder and the heads that objectives read.
+
+Student and teacher are the same module with different parameters (the teacher is built without drop path).
+``encode`` turns the views of one shape into features; the heads are methods, a step projects what it needs.
+Next: backbone.py, fusion.py, queries.py, heads.py; train_step.py uses all of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from skysense_jax.batch import Batch, Views
+from skysense_jax.modalities import Modality
+from skysense_jax.models.backbone import Backbone, RouterStats
+from skysense_jax.models.fusion import Fusion
+from skysense_jax.models.heads import ProjectionHead, TextHead
+from skysense_jax.models.queries import QueryDecoder
+
+GRANULARITIES = ("pixel", "object", "image")
+# One head per granularity shared by the modalities, one set for the fused features, one for the queries [our choice].
+HEADS = (*(f"{source}_{g}" for source in ("modality", "fused") for g in GRANULARITIES), "query")
+
+
+@struct.dataclass
+class Features:
+    """What the network sees in the views of one shape.
+
+    Attributes:
+      modality: stage-4 features per modality and date, no norm.
+      usable: per modality, where they stand for clear ground of a present date.
+      fused: one feature a cell over all modalities and dates.
+      fused_usable: where at least one modality and date was usable.
+      router: statistics of the mixture of experts, None without one.
+    """
+
+    modality: Mapping[str, Any]  # {m: B V T P Q D}
+    usable: Mapping[str, Any]  # {m: B V T P Q} bool
+    fused: Any  # B V P Q D
+    fused_usable: Any  # B V P Q bool
+    router: RouterStats | None
+
+
+def usable_cells(views: Views, present: Mapping[str, Bool[Array, "B T"]]) -> dict[str, Bool[Array, "B V T P Q"]]:
+    """Per modality, cells of present dates where at least half of the pixels are valid and clear.
+
+    Such a cell always has a valid stage-1 token, so the backbone's own validity adds nothing.
+    """
+    return {name: x & present[name][:, None, :, None, None] for name, x in views.cell_usable.items()}
+
+
+class SkySense(nn.Module):
+    """SkySense V2 (arXiv 2507.13812 sec. 3), all parameters of one side (student or teacher)."""
+
+    backbone: Backbone
+    fusion: Fusion
+    queries: QueryDecoder
+    text: TextHead
+    head: ProjectionHead  # the form of every projection head
+
+    def setup(self):
+        self.heads = {name: self.head.clone(name=f"head_{name}") for name in HEADS}
+
+    def encode(
+        self,
+        images: Mapping[str, Float[Array, "B V T H W C"]],
+        views: Views,
+        *,
+        present: Mapping[str, Bool[Array, "B T"]],
+        day_of_year: Mapping[str, Int[Array, "B T"]],
+        train: bool,
+    ) -> Features:
+        """Features of ``images`` (normalised); ``views`` gives the masks, its own images are not read."""
+        flat = lambda x: rearrange(x, "B V T ... -> B (V T) ...")  # noqa: E731
+        date_valid = {name: views.token_valid[name] & present[name][:, None, :, None, None] for name in images}
+        out = self.backbone(
+            {name: flat(x) for name, x in images.items()},
+            {name: flat(x) for name, x in date_valid.items()},
+            train=train,
+        )
+        num_views = views.affine.shape[1]
+        split = lambda x: rearrange(x, "B (V T) ... -> B V T ...", V=num_views)  # noqa: E731
+        features = {name: split(x) for name, x in out.features.items()}
+        usable = {name: x for name, x in usable_cells(views, present).items() if name in images}
+        fused, fused_usable = self.fusion(features, usable, {m: day_of_year[m] for m in images}, train=train)
+        return Features(features, usable, fused, fused_usable, out.router)
+
+    def aggregate(self, features: Features) -> Float[Array, "B V R D"]:
+        """The semantic queries' features of each view (sec. 3.3)."""
+        return self._decode(features, False)[0]
+
+    def query_attention(self, features: Features) -> Float[Array, "B V R P Q"]:
+        """Where each query looks: cross-attention over the cells, mean over heads."""
+        rows = features.fused.shape[2]
+        return rearrange(self._decode(features, True)[1], "B V R (P Q) -> B V R P Q", P=rows)
+
+    def _decode(self, features: Features, return_attention: bool):
+        cells = rearrange(features.fused, "B V P Q D -> B V (P Q) D")
+        usable = rearrange(features.fused_usable, "B V P Q -> B V (P Q)")
+        return self.queries(cells, usable, return_attention=return_attention)
+
+    def project(self, name: str, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
+        """Prototype logits (cosines) of head ``name``, one of ``HEADS``, fp32."""
+        return self.heads[name](x)
+
+    def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
+        """Cell features in the text encoder's space, of unit length, and the learned log temperature's scale."""
+        return self.text(fused)
+
+    def __call__(self, batch: Batch, *, train: bool) -> Features:
+        """Features of the local views, having touched every parameter: what ``init`` traces."""
+        features = None
+        for views in (batch.local_views,):
+            images = {name: jnp.asarray(x, jnp.float32) for name, x in views.images.items()}
+            features = self.encode(images, views, present=batch.present, day_of_year=batch.day_of_year, train=train)
+        for name in HEADS:
+            x = (
+                features.fused
+                if name == "query" or name.startswith("fused")
+                else next(iter(features.modality.values()))
+            )
+            self.project(name, x)
+        self.aggregate(features)
+        self.describe(features.fused)
+        return features
+
+
+def build(
+    modalities: tuple[Modality, ...],
+    *,
+    compute_dtype: str,
+    backbone: Mapping[str, Any],
+    fusion: Mapping[str, Any],
+    queries: Mapping[str, Any],
+    heads: Mapping[str, Any],
+    text_dim: int,
+    remat: str = "none",
+    scan_unroll: int = 1,
+    attention: str = "xla",
+    drop_path: bool = True,
+) -> SkySense:
+    """The network of a config's ``model`` and ``efficiency`` sections; ``drop_path=False`` builds the teacher."""
+    common = dict(compute_dtype=jnp.dtype(compute_dtype))
+    scanned = dict(remat=remat, scan_unroll=scan_unroll, attention=attention, **common)
+    backbone, fusion = dict(backbone), dict(fusion)
+    if not drop_path:
+        backbone["drop_path"] = fusion["drop_path"] = 0.0
+    return SkySense(
+        backbone=Backbone(modalities=modalities, **backbone, **scanned),
+        fusion=Fusion(modalities=tuple(m.name for m in modalities), **fusion, **scanned),
+        queries=QueryDecoder(width=fusion["width"], head_width=fusion["head_width"], **queries, **common),
+        text=TextHead(text_dim=text_dim, **common),
+        head=ProjectionHead(**heads, **common),
+    )

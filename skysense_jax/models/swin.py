@@ -1,0 +1,166 @@
+"""Stages 1 and 2: Swin V2 blocks (arXiv 2111.09883), equal to the published ones with the same weights.
+
+Scaled cosine attention in windows, log-spaced continuous position bias, norms at the end of each residual branch.
+A grid that the window does not divide is padded right and below with zeros that are attended, as ``transformers`` does;
+what the imagery lacks (``valid`` False) is not attended. Next: merging.py, backbone.py.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from skysense_jax.models.attention import attend
+from skysense_jax.models.layers import Dense, LayerNorm, Mlp, drop_path, partitioned
+from skysense_jax.sharding import EMBED, HEADS, UNSHARDED, constrain_batch
+
+MAX_LOGIT_SCALE = math.log(100.0)
+POSITION_HIDDEN_DIM = 512
+
+
+def relative_coordinates(window: int) -> Float[np.ndarray, "N 2"]:
+    """Every offset between two tokens of a window, log-spaced as published: ``sign(c) log2(1 + |c|) / log2(8)``.
+
+    c is the offset scaled to -8..8; offsets are row-major over (2 window - 1)^2.
+    """
+    steps = np.arange(1 - window, window) / max(window - 1, 1) * 8
+    steps = np.sign(steps) * np.log2(np.abs(steps) + 1) / np.log2(8)
+    return np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+def relative_index(window: int) -> Int[np.ndarray, "M M"]:
+    """For each pair (query, key) of a window's tokens the row of its offset in ``relative_coordinates``."""
+    rows, columns = (a.reshape(-1) for a in np.indices((window, window)))
+    difference = lambda a: a[:, None] - a[None, :] + window - 1  # noqa: E731
+    return difference(rows) * (2 * window - 1) + difference(columns)
+
+
+def shift_regions(rows: int, columns: int, *, window: int, shift: int) -> Bool[np.ndarray, "N M M"]:
+    """For each window of a rolled grid, which pairs of its tokens were neighbours before the roll."""
+
+    def axis_region(size):
+        index = np.arange(size)
+        return (index >= size - window).astype(int) + (index >= size - shift)
+
+    region = axis_region(rows)[:, None] * 3 + axis_region(columns)[None, :]
+    region = rearrange(region, "(P h) (Q w) -> (P Q) (h w)", h=window, w=window)
+    return region[:, :, None] == region[:, None, :]
+
+
+def unit(x: Float[Array, "*rows D"], *, head_width: int) -> Float[Array, "*rows D"]:
+    """``x`` with each head's channels scaled to length 1, in fp32; zeros (padding) stay zeros.
+
+    The published form divides by max(length, 1e-12). Its value is the same; its gradient at zero is 1e12 times larger.
+    """
+    heads = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, head_width)
+    square = jnp.square(heads).sum(-1, keepdims=True)
+    return (heads * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1.0))).reshape(x.shape)
+
+
+class PositionBias(nn.Module):
+    """The continuous position bias: an MLP from log-spaced offsets to 16 sigmoid(.) per head."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, window: int) -> Float[Array, "A M M"]:
+        """The bias of each (query, key) pair of a window, fp32, 0 to 16."""
+        hidden = Dense(POSITION_HIDDEN_DIM, axes=(UNSHARDED, UNSHARDED), name="hidden")
+        output = Dense(self.num_heads, axes=(UNSHARDED, UNSHARDED), use_bias=False, name="output")
+        table = output(nn.relu(hidden(jnp.asarray(relative_coordinates(window), jnp.float32))))
+        return 16 * nn.sigmoid(rearrange(table[relative_index(window)], "N M A -> A N M"))
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention among the tokens of a window: biases on query, value and output, none on key."""
+
+    head_width: int
+    compute_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N M D"], *, window: int, mask: Bool[Array, "B N #M M"]
+    ) -> Float[Array, "B N M D"]:
+        """What each token gathers from the tokens of its window that ``mask`` lets it see.
+
+        Runs in XLA whatever implementation global blocks use: cuDNN would lay out bias plus mask for every window.
+        """
+        width, num_heads = x.shape[-1], x.shape[-1] // self.head_width
+        project = lambda name, use_bias=True: Dense(  # noqa: E731
+            width, axes=(EMBED, HEADS), use_bias=use_bias, compute_dtype=self.compute_dtype, name=name
+        )(x)
+        query, key, value = project("query"), project("key", use_bias=False), project("value")
+        init = nn.initializers.constant(math.log(10.0))
+        logit_scale = self.param("logit_scale", partitioned(init, UNSHARDED), (num_heads,))
+        logit_scale = jnp.exp(jnp.minimum(logit_scale, MAX_LOGIT_SCALE))
+        query = unit(query, head_width=self.head_width) * jnp.repeat(logit_scale, self.head_width)
+        key = unit(key, head_width=self.head_width)
+        mixed = attend(
+            query.astype(self.compute_dtype),
+            key.astype(self.compute_dtype),
+            value,
+            head_width=self.head_width,
+            bias=PositionBias(num_heads, name="position_bias")(window),
+            mask=mask,
+            scale=1.0,
+        )
+        return Dense(width, axes=(HEADS, EMBED), compute_dtype=self.compute_dtype, name="output")(mixed)
+
+
+class SwinBlock(nn.Module):
+    """Window attention, then an MLP, each normed before it is added.
+
+    Attributes:
+      window: tokens along a window's side; a smaller grid is one window (for a grid with unequal sides of which one is
+        below the window, ``transformers`` looks at the rows alone, this at the shorter side).
+      shifted: whether windows are moved by half their side; not on a grid that is one window.
+    """
+
+    head_width: int
+    window: int = 8
+    shifted: bool = False
+    mlp_ratio: int | float = 4
+    compute_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B I P Q D"], *, valid: Bool[Array, "B I P Q"], drop_rate: float | None = None
+    ) -> Float[Array, "B I P Q D"]:
+        """The tokens after the block; what comes out in place of invalid tokens is arbitrary."""
+
+        def residual(name, y):
+            y = LayerNorm(compute_dtype=self.compute_dtype, name=f"{name}_norm")(y)
+            return y if drop_rate is None else drop_path(y, rate=drop_rate, key=self.make_rng("drop_path"))
+
+        x = constrain_batch(x)
+        x = x + residual("attention", self._attend(x, valid))
+        y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
+        return x + residual("mlp", y)
+
+    def _attend(self, x, valid):
+        images, rows, columns = x.shape[1:4]
+        window = min(self.window, rows, columns)
+        shift = self.window // 2 if self.shifted and min(rows, columns) > self.window else 0
+        pad = ((0, -rows % window), (0, -columns % window))
+        x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
+        valid = jnp.pad(valid, ((0, 0), (0, 0), *pad), constant_values=True)  # zeros beyond the edge are attended
+        num_windows = (x.shape[2] // window, x.shape[3] // window)
+        if shift:
+            x, valid = (jnp.roll(a, (-shift, -shift), axis=(2, 3)) for a in (x, valid))
+        split = "B I (P h) (Q w) ... -> B (I P Q) (h w) ..."
+        mask = rearrange(valid, split, h=window, w=window)[:, :, None, :]
+        if shift:
+            regions = shift_regions(num_windows[0] * window, num_windows[1] * window, window=window, shift=shift)
+            mask = mask & np.tile(regions, (images, 1, 1))
+        attention = WindowAttention(self.head_width, self.compute_dtype, name="attention")
+        y = attention(rearrange(x, split, h=window, w=window), window=window, mask=mask)
+        join = "B (I P Q) (h w) D -> B I (P h) (Q w) D"
+        y = rearrange(y, join, h=window, w=window, P=num_windows[0], Q=num_windows[1])
+        if shift:
+            y = jnp.roll(y, (shift, shift), axis=(2, 3))
+        return y[:, :, :rows, :columns]

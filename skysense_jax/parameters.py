@@ -1,0 +1,41 @@
+"""A table of what a network's parameters are, for golden files, the dry run and people who read a diff."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from skysense_jax.optim import decays
+from skysense_jax.sharding import UNSHARDED
+from skysense_jax.trees import named_leaves
+
+
+def parameter_table(boxed_shapes: Any) -> str:
+    """A line per parameter, sorted by path: path, shape, dtype, logical axes, "decay" or "-"; then the total.
+
+    ``boxed_shapes`` are parameters as ``jax.eval_shape`` of an init gives them. A parameter without logical axes
+    shows "?" for them.
+
+    Raises:
+      ValueError: a parameter whose name does not say whether it decays.
+    """
+    rows, total = [], 0
+    for path, leaf in sorted(named_leaves(boxed_shapes).items()):
+        value = leaf.value if isinstance(leaf, nn.Partitioned) else leaf
+        axes = " ".join(name or UNSHARDED for name in leaf.names) if isinstance(leaf, nn.Partitioned) else "?"
+        rows.append((path, f"({', '.join(map(str, value.shape))})", str(value.dtype), axes, _decay_word(path)))
+        total += math.prod(value.shape)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[4])) for row in rows]
+    return "\n".join([*lines, f"{total:,} parameters in {len(rows)} arrays"]) + "\n"
+
+
+def _decay_word(path: str) -> str:
+    return "decay" if decays(path) else "-"
+
+
+def parameters_per_part(shapes: Mapping[str, Any]) -> dict[str, int]:
+    """Number of parameters under each key of the tree's first level."""
+    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}

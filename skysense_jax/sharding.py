@@ -1,0 +1,111 @@
+"""Names of logical axes, what mesh axes they lie on, and the mesh itself.
+
+Models annotate parameters and activations with the constants below; a name that is not among them is an error
+(flax would replicate it without a word). Call ``jax.set_mesh(mesh)`` around everything that is traced: under
+``with mesh:`` flax's logical constraints do nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.linen import spmd
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+# Activations
+BATCH = "batch"  # samples, and whatever is flattened from samples outermost
+ACTIVATION = "activation"  # every other axis of an activation
+GROUPS = "groups"  # routing groups (samples) while their tokens lie with the experts
+# Parameters
+EMBED = "embed"  # width of the residual stream
+HEADS = "heads"  # heads x head width, merged
+MLP = "mlp"  # hidden width of an MLP
+EXPERT = "expert"  # experts
+PROTOTYPES = "prototypes"  # rows of a prototype matrix
+LAYERS = "layers"  # axis that a scan over blocks adds
+UNSHARDED = "unsharded"  # small or odd axes: bands, prompts, queries, positions
+
+LOGICAL_AXIS_RULES: tuple[tuple[str, Any], ...] = (
+    (BATCH, ("data", "fsdp", "expert")),
+    (ACTIVATION, None),
+    (GROUPS, ("data", "fsdp")),
+    (EMBED, "fsdp"),
+    (HEADS, "tensor"),
+    (MLP, "tensor"),
+    (EXPERT, "expert"),
+    (PROTOTYPES, "fsdp"),
+    (LAYERS, None),
+    (UNSHARDED, None),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``MESH_AXES`` over the devices (all by default), in that order; one size may be -1: what is left.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"config.mesh: got {sizes}; wanted sizes of 1 or more, at most one of them -1")
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"config.mesh: {sizes} asks for {abs(math.prod(sizes.values()))} devices or a multiple; "
+            f"there are {len(devices)}"
+        )
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """``x``, placed by the logical names of its axes; an unknown name is an error, outside a mesh nothing happens."""
+    names = tuple(None if axis == ACTIVATION else axis for axis in axes)  # flax refuses a name that stands twice
+    return nn.with_logical_constraint(x, names, rules=LOGICAL_AXIS_RULES, fallback=spmd.RulesFallback.RAISE_ERROR)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """``x`` with its first axis over the batch axes of the mesh and the others whole."""
+    return constrain(x, BATCH, *(ACTIVATION,) * (x.ndim - 1))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where an array with samples outermost lives."""
+    return NamedSharding(mesh, PartitionSpec(dict(LOGICAL_AXIS_RULES)[BATCH]))
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without flax's partitioning boxes; works on shapes, and outside a mesh."""
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf, tree, is_leaf=is_box)
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """For a tree of boxed shapes: where each leaf lives. An axis that its mesh axes do not divide is kept whole.
+
+    Raises:
+      ValueError: a logical name without a rule.
+    """
+    rules = {**dict(LOGICAL_AXIS_RULES), None: None}
+
+    def one(leaf):
+        names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
+        shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
+        spec = []
+        for size, name in zip(shape, names, strict=False):
+            if name not in rules:
+                raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(dict(LOGICAL_AXIS_RULES))}")
+            mesh_axes = rules[name]
+            num_shards = math.prod(mesh.shape[a] for a in np.atleast_1d(mesh_axes)) if mesh_axes else 1
+            spec.append(mesh_axes if size % num_shards == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))

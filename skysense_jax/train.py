@@ -1,0 +1,358 @@
+"""Pre-trains SkySense V2: ``python -m skysense_jax.train --config=configs/tiny.py --workdir=RUN``.
+
+The same command again goes on where the run stopped. Any field is overridden with ``--config.section.field=value``;
+``--dry_run`` prints what would run and stops. Next: train_step.py (the step), configs/base.py (every field).
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from skysense_jax import (
+    checkpoint,
+    config_checks,
+    dry_run,
+    metrics,
+    modalities,
+    optim,
+    parameters,
+    sharding,
+    train_step,
+)
+from skysense_jax import config as config_lib
+from skysense_jax.batch import Batch
+from skysense_jax.data import pipeline as pipeline_lib
+from skysense_jax.data.scenes import render
+from skysense_jax.data.text import load_text_table
+from skysense_jax.eval import pictures, probes
+from skysense_jax.models import skysense
+from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, state_shardings
+
+_CONFIG = config_lib.define_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one validated batch, and stop.")
+
+
+_BATCH_FIELDS = ("batch_size", "num_dates", "views")
+_RATE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "num_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a config stands for, nothing allocated yet.
+
+    Attributes:
+      modalities: rows in the config's order.
+      student, teacher: the same network, with and without drop path.
+      optimizer: optax transformation of the student's parameters.
+      schedules: functions of the step.
+      step: (state, batch) -> (state, metrics), not yet jitted.
+    """
+
+    modalities: tuple[modalities.Modality, ...]
+    student: skysense.SkySense
+    teacher: skysense.SkySense
+    optimizer: Any
+    schedules: train_step.Schedules
+    step: Any
+
+
+def assemble(config: ConfigDict) -> Run:
+    """The parts of a run, from its config."""
+    rows = modalities.select(config.data.modalities, config.data.new_modalities)
+    student, teacher = (skysense.build(rows, **config.model, **config.efficiency, drop_path=d) for d in (True, False))
+    objective = config.objective
+    schedules = train_step.Schedules(
+        learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),
+        ema_momentum=optim.ema_momentum_schedule(
+            ema_momentum=config.optim.ema_momentum, num_steps=config.optim.num_steps
+        ),
+        teacher_temperature=optim.teacher_temperature_schedule(
+            start=objective.teacher_temperature_start,
+            end=objective.teacher_temperature,
+            warmup_steps=objective.teacher_temperature_warmup_steps,
+        ),
+    )
+    optimizer = optim.make_optimizer(
+        learning_rate=schedules.learning_rate,
+        **{k: config.optim[k] for k in ("weight_decay", "beta1", "beta2", "clip_norm")},
+        prototype_freeze_steps=objective.prototype_freeze_steps,
+    )
+    text_table = None
+    if objective.weights.text_alignment > 0:
+        text_table = load_text_table(config_checks.resolve_path(objective.text_table), modalities.OSM.classes)
+    step = train_step.make_train_step(
+        student,
+        teacher,
+        optimizer,
+        modalities=rows,
+        objective=train_step.Objective(
+            weights=dict(objective.weights),
+            mgcl=dict(objective.mgcl),
+            student_temperature=objective.student_temperature,
+            sinkhorn_iterations=objective.sinkhorn_iterations,
+            text_table=text_table,
+        ),
+        schedules=schedules,
+        seed=config.optim.seed,
+        photometric_strength=config.data.photometric_strength,
+    )
+    return Run(rows, student, teacher, optimizer, schedules, step)
+
+
+def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
+    """The input of this process."""
+    return pipeline_lib.make_pipeline(
+        **config.data,
+        input_threads=config.run.input_threads,
+        input_workers=config.run.input_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def to_device(element: dict[str, Any], mesh: Mesh) -> Batch:
+    """The batch, samples over the mesh's batch axes; ``element`` holds this process' share."""
+    placed = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x)), Batch.from_dict(element)
+    )
+
+
+def prefetch(
+    source: pipeline_lib.PipelineIterator, mesh: Mesh, num_batches: int
+) -> Iterator[tuple[Batch, dict[str, Any], dict[str, Any]]]:
+    """Batches on the device, ``num_batches`` ahead, each with its host element and the input state after it."""
+    ahead = collections.deque()
+    while True:
+        while len(ahead) <= num_batches:
+            element = next(source)
+            ahead.append((to_device(element, mesh), element, source.get_state()))
+        yield ahead.popleft()
+
+
+class _Monitor:
+    """What the loop tells people: metrics of earlier steps, progress, skipped updates, unreadable records."""
+
+    def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers):
+        self._run, self._batch_size, self._num_steps = config.run, config.data.batch_size, config.optim.num_steps
+        self._pipeline, self._writers = pipeline, writers
+        self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(config.optim.num_steps)
+        self._records = self._bad_records = 0
+        self._named: set[int] = set()
+        self._last = None
+
+    def after_step(self, step: int, step_metrics: dict[str, jax.Array], element: dict[str, Any]) -> None:
+        """Takes the numbers of a step in flight and writes those of earlier ones."""
+        self._count_bad_records(element)
+        self._buffer.push(step, step_metrics)
+        for ready in self._buffer.flush_ready():
+            self._write(*ready)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        for ready in self._buffer.flush():
+            self._write(*ready)
+        self._progress.close()
+
+    def _write(self, step: int, numbers: dict[str, np.ndarray]) -> None:
+        self._progress.update(step, float(numbers["loss"]))
+        in_row = int(numbers["nonfinite_in_row"])
+        if in_row:
+            logging.warning("step %d: loss or gradient not finite; update skipped, %d in a row", step, in_row)
+        if step % self._run.log_every_steps == 0 or step in (1, self._num_steps) or in_row:
+            now = time.monotonic()
+            numbers = {**numbers, "bad_records": self._bad_records}
+            if self._last is not None and step > self._last[0]:
+                numbers["samples_per_second"] = self._batch_size * (step - self._last[0]) / (now - self._last[1])
+            self._last = (step, now)
+            self._writers.write(step, {name: float(number) for name, number in numbers.items()})
+        if in_row >= self._run.max_nonfinite_in_row:
+            raise RuntimeError(
+                f"step {step}: {in_row} updates in a row were skipped because loss or gradient was not finite "
+                f"(config.run.max_nonfinite_in_row={self._run.max_nonfinite_in_row}); the last checkpoint is good. "
+                "Lower config.optim.learning_rate, or look at the records of these steps"
+            )
+
+    def _count_bad_records(self, element: dict[str, Any]) -> None:
+        bad = element["bad_record"]
+        self._records += len(bad)
+        self._bad_records += int((bad >= 0).sum())
+        for index in {int(i) for i in bad if i >= 0} - self._named:
+            self._named.add(index)
+            name, reason = self._pipeline.describe(index), self._pipeline.reason(index)
+            logging.warning("unreadable record skipped: %s: %s", name, reason)
+        share, seen_enough = self._bad_records / self._records, self._records >= 100
+        if seen_enough and share > self._run.max_bad_record_share:
+            raise RuntimeError(
+                f"{self._bad_records} of {self._records} records could not be read "
+                f"(config.run.max_bad_record_share={self._run.max_bad_record_share}); the log names them"
+            )
+
+
+def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
+    """Refuses to go on with another model; says what else changed."""
+    changes = config_lib.compare(meta["config"], config)
+    if changes.refused:
+        raise ValueError(
+            "--workdir holds a run whose saved weights do not fit this config: "
+            + "; ".join(changes.refused)
+            + ". Take another --workdir, or the old values"
+        )
+    for change in changes.allowed:
+        logging.warning("going on with another value than before: %s", change)
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
+    """The state after the last step of the run in ``workdir``, begun or continued.
+
+    Raises:
+      ValueError: a field is wrong, or differs from the saved run's where it must not.
+      RuntimeError: too many updates skipped in a row, or too large a share of records unreadable.
+    """
+    # ---- what runs, and on what
+    config_checks.validate(config, num_devices=jax.device_count())
+    mesh = sharding.make_mesh(**config.mesh)
+    run, pipeline = assemble(config), make_pipeline(config)
+    shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
+    logging.info("%s: %d devices, mesh %s", config.name, jax.device_count(), dict(mesh.shape))
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        # ---- start or resume
+        boxed = boxed_state(run.student, run.optimizer, shapes)
+        checkpoints = checkpoint.Checkpoints(
+            workdir,
+            every_steps=config.run.checkpoint_every_steps,
+            keep_last=config.run.keep_last,
+            keep_every_steps=config.run.keep_every_steps,
+        )
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore_latest(
+            abstract_state(boxed, mesh), check_meta=functools.partial(_check_same_run, config=config)
+        )
+        source = iter(pipeline)
+        stack.callback(source.close)
+        if restored is None:
+            start, state = 0, create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+        else:
+            start, state = restored.step, restored.state
+            source.set_state(restored.data_state)
+        logging.info("starting at step %d of %d", start, config.optim.num_steps)
+
+        # ---- outputs
+        settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
+        writers = metrics.open_writers(
+            workdir,
+            resumed_step=start,
+            tensorboard=config.run.tensorboard,
+            wandb_project=config.run.wandb_project,
+            settings=settings,
+        )
+        stack.callback(writers.close)
+        (workdir / "config.txt").write_text(config_lib.flat_text(config))
+        meta = {"config": config_lib.flat_text(config), "name": config.name}
+        monitor = _Monitor(config, pipeline, writers)
+
+        # ---- loop
+        step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(state_shardings(boxed, mesh), None))
+        batches = prefetch(source, mesh, config.run.prefetch_batches)
+        element = None
+        for step in range(start + 1, config.optim.num_steps + 1):
+            batch, element, data_state = next(batches)
+            if step == start + 1:
+                dry_run.check_element(element, shapes, num_processes=jax.process_count())
+            state, step_metrics = step_fn(state, batch)
+            monitor.after_step(step, step_metrics, element)
+            checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
+        monitor.close()
+        if start < config.optim.num_steps:
+            checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
+        checkpoints.wait()
+
+        # ---- pictures and probe
+        scores = close_run(config, run, state.teacher, element or next(source), workdir)
+        if jax.process_index() == 0 and scores:
+            (workdir / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+            logging.info("linear probe of the teacher on held-out scenes: %s", scores)
+    return state
+
+
+def close_run(
+    config: ConfigDict,
+    run: Run,
+    params: Any,
+    element: dict[str, Any],
+    workdir: pathlib.Path,
+) -> dict[str, float]:
+    """Scores of a linear probe on held-out procedural scenes, having written the pictures of a run.
+
+    ``params`` are the teacher's; ``element`` is any batch of this process. Every process calls it.
+    """
+    scenes = dict(seed=config.data.scenes.seed, extent_cells=config.data.scenes.extent_cells)
+    options = dict(
+        cells=config.data.views.global_cells, num_dates=config.data.num_dates, batch_size=config.eval.batch_size
+    )
+    held_out = range(config.eval.first_index, config.eval.first_index + 3)
+    paths = pictures.write_all(
+        workdir / "pictures",
+        model=run.teacher,
+        params=params,
+        modalities=run.modalities,
+        samples=[render(i, complete=True, **scenes).sample for i in held_out],
+        batch=Batch.from_dict(element),
+        metrics_path=workdir / metrics.FILE_NAME,
+        **options,
+    )
+    for path in paths:
+        logging.info("picture: %s", path)
+    which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
+    if not which["num_test_scenes"]:
+        return {}
+    return probes.probe_scenes(run.teacher, params, run.modalities, **options, **scenes, **which)
+
+
+def print_dry_run(config: ConfigDict) -> None:
+    """Prints the resolved config, parameters per part, tokens, FLOPs, memory and one validated batch."""
+    config_checks.validate(config, num_devices=jax.device_count())
+    run = assemble(config)
+    shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
+    boxed = boxed_state(run.student, run.optimizer, shapes)
+    print(config_lib.flat_text(config))
+    print(dry_run.parameter_text(parameters.parameters_per_part(sharding.unbox(boxed.student))))
+    print(dry_run.size_text(run.modalities, data=config.data, model=config.model))
+    print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
+    with contextlib.closing(iter(make_pipeline(config))) as source:
+        element = next(source)
+    dry_run.check_element(element, shapes, num_processes=jax.process_count())
+    print(dry_run.batch_text(element, run.modalities))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"got {argv[1:]}; wanted --config=FILE --workdir=DIR")
+    try:
+        if _DRY_RUN.value:
+            print_dry_run(_CONFIG.value)
+        else:
+            train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve())
+    except ValueError as error:  # a person's mistake: its message says what to change
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=config_lib.parse_flags)

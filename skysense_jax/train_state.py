@@ -1,0 +1,93 @@
+"""What a run carries from step to step, how it starts, and where each of its arrays lives on the mesh.
+
+Randomness is not part of it: every step derives its keys from the seed and ``step``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from skysense_jax.batch import Batch
+from skysense_jax.models.skysense import SkySense
+from skysense_jax.sharding import tree_shardings, unbox
+
+
+@struct.dataclass
+class TrainState:
+    """One run between two steps.
+
+    Attributes:
+      step: batches consumed, skipped updates included.
+      student, teacher: parameters, fp32; the teacher is the exponential moving average of the student.
+      optimizer: the optimizer's moments and counters.
+      nonfinite_in_row, nonfinite_total: updates skipped for a non-finite loss or gradient.
+    """
+
+    step: Any  # int32
+    student: Any
+    teacher: Any
+    optimizer: Any
+    nonfinite_in_row: Any  # int32
+    nonfinite_total: Any  # int32
+
+
+def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, seed: int) -> TrainState:
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
+    params_key, drop_key = jax.random.split(jax.random.key(seed))
+    student = model.init({"params": params_key, "drop_path": drop_key}, zeros, train=False)["params"]
+    counter = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    return TrainState(
+        step=counter(),
+        student=student,
+        teacher=jax.tree.map(jnp.copy, student),
+        optimizer=optimizer.init(student),
+        nonfinite_in_row=counter(),
+        nonfinite_total=counter(),
+    )
+
+
+def boxed_state(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+    """Shapes, dtypes and logical axes of the whole state; nothing is allocated.
+
+    ``batch`` is a batch of shapes; parameters do not depend on its number of samples, so one sample is enough.
+    """
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
+    return jax.eval_shape(lambda: _init_boxed(model, optimizer, one, 0))
+
+
+def state_shardings(boxed: TrainState, mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lives; what carries no logical axes (counters) is on every device."""
+    return tree_shardings(boxed, mesh)
+
+
+def abstract_state(boxed: TrainState, mesh: Mesh) -> TrainState:
+    """Shapes with shardings: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unbox(boxed),
+        state_shardings(boxed, mesh),
+    )
+
+
+def create_state(
+    model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, *, seed: int, mesh: Mesh
+) -> TrainState:
+    """A fresh state, each array made where it lives. Call under ``jax.set_mesh(mesh)``."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
+    shardings = state_shardings(boxed_state(model, optimizer, batch), mesh)
+    return jax.jit(lambda: unbox(_init_boxed(model, optimizer, one, seed)), out_shardings=shardings)()
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether a tree's leaf carries logical axes."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,31 @@
+"""Before jax starts: 8 virtual CPU devices for every test, shapes checked by beartype, a compile cache."""
+
+import os
+import pathlib
+
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), _DEVICES)).strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # Grain reads a flag; without absl.app it would refuse (grain #1355)
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+jaxtyping.install_import_hook("skysense_jax", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_mesh():
+    """A test that leaves a mesh set would change every test after it."""
+    yield
+    assert jax.sharding.get_abstract_mesh().empty
+
+
+def pytest_addoption(parser):
+    parser.addoption("--refresh-golden", action="store_true", help="rewrite tests/golden/*.txt from this code")

@@ -1,0 +1,107 @@
+"""Sinkhorn-Knopp and cross entropy against loops, and what they do with nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import cross_entropy as cross_entropy_loop
+from oracles import sinkhorn as sinkhorn_loop
+
+from skysense_jax.losses import contrastive
+from skysense_jax.losses.contrastive import Term
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.uniform(-1, 1, (11, 5)).astype(np.float32)
+VALID = np.array([True, False, True, True, False, True, True, True, False, True, True])
+sinkhorn = jax.jit(contrastive.sinkhorn, static_argnames="iterations")
+cross_entropy = jax.jit(contrastive.cross_entropy)
+target_entropy = jax.jit(contrastive.target_entropy)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_equals_the_loop(iterations):
+    got = sinkhorn(LOGITS, VALID, temperature=0.07, iterations=iterations)
+    np.testing.assert_allclose(got, sinkhorn_loop(LOGITS, VALID, 0.07, iterations), atol=1e-5)
+
+
+def test_sinkhorn_invalid_rows_are_zero_and_change_nothing():
+    other = LOGITS.copy()
+    other[~VALID] = np.nan
+    first, second = (sinkhorn(x, VALID, temperature=0.1, iterations=3) for x in (LOGITS, other))
+    np.testing.assert_array_equal(first, second)
+    assert (np.asarray(first)[~VALID] == 0).all()
+
+
+def test_sinkhorn_many_iterations_balances_the_prototypes():
+    probs = np.asarray(sinkhorn(LOGITS, VALID, temperature=0.2, iterations=100))
+    np.testing.assert_allclose(probs[VALID].sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(probs.sum(0), VALID.sum() / 5, atol=1e-3)
+
+
+def test_sinkhorn_extreme_logits_stay_finite():
+    probs = np.asarray(sinkhorn(LOGITS * 1e4, VALID, temperature=0.04, iterations=3))
+    assert np.isfinite(probs).all()
+    np.testing.assert_allclose(probs[VALID].sum(1), 1, atol=1e-5)
+
+
+def test_sinkhorn_without_valid_rows_is_zero():
+    probs = sinkhorn(LOGITS, np.zeros(11, bool), temperature=0.04, iterations=3)
+    np.testing.assert_array_equal(probs, 0)
+
+
+def test_sinkhorn_has_no_gradient():
+    grad = jax.grad(lambda x: sinkhorn(x, VALID, temperature=0.1, iterations=3)[0, 0])(LOGITS)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_sinkhorn_sharded_rows_equal_one_device():
+    rows = np.tile(LOGITS, (8, 1))
+    valid = np.tile(VALID, 8)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    placed = jax.device_put((rows, valid), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    sharded, plain = (sinkhorn(*args, temperature=0.07, iterations=3) for args in (placed, (rows, valid)))
+    np.testing.assert_allclose(sharded, plain, atol=1e-6)
+
+
+def test_cross_entropy_equals_the_loop_in_value_and_gradient():
+    student = RNG.normal(size=(3, 4, 5)).astype(np.float32)
+    probs = RNG.dirichlet(np.ones(5), (3, 4)).astype(np.float32)
+    weight = RNG.integers(0, 3, (3, 4)).astype(np.float32)
+
+    def loop(student):
+        return sum(
+            weight[i, j] * cross_entropy_loop(student[i, j], probs[i, j], 0.1) for i in range(3) for j in range(4)
+        )
+
+    term = cross_entropy(student, probs, weight, temperature=0.1)
+    np.testing.assert_allclose(term.sum, loop(student), rtol=1e-5)
+    assert term.count == weight.sum()
+    grad = jax.grad(lambda x: cross_entropy(x, probs, weight, temperature=0.1).sum)(student)
+    direction = RNG.normal(size=student.shape)
+    slope = (loop(student + 1e-5 * direction) - loop(student - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose((np.asarray(grad) * direction).sum(), slope, rtol=1e-4)
+
+
+def test_cross_entropy_gives_the_teacher_no_gradient():
+    probs = np.full((2, 5), 0.2, np.float32)
+    grad = jax.grad(lambda p: cross_entropy(LOGITS[:2], p, jnp.ones(2), temperature=0.1).sum)(probs)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_term_adds_and_its_mean_of_nothing_is_zero_with_zero_gradient():
+    total = Term(jnp.float32(3), jnp.float32(2)) + Term(jnp.float32(1), jnp.float32(6))
+    assert (float(total.sum), float(total.count), float(total.mean())) == (4, 8, 0.5)
+    value, grad = jax.value_and_grad(lambda x: Term(x * 0.0, jnp.float32(0)).mean())(jnp.float32(7))
+    assert (float(value), float(grad)) == (0, 0)
+
+
+def test_target_entropy_tells_the_two_collapses():
+    valid = np.array([True, True, True, False])
+    uniform = target_entropy(jnp.full((4, 8), 1 / 8), valid)
+    np.testing.assert_allclose([uniform.of_rows, uniform.of_mean], np.log(8), rtol=1e-6)
+    constant = target_entropy(jnp.eye(8)[jnp.array([2, 2, 2, 5])], valid)
+    np.testing.assert_allclose([constant.of_rows, constant.of_mean], 0, atol=1e-6)
+    spread = target_entropy(jnp.eye(8)[jnp.array([0, 1, 2, 5])], valid)
+    np.testing.assert_allclose([spread.of_rows, spread.of_mean], [0, np.log(3)], atol=1e-6)
+    nothing = target_entropy(jnp.zeros((4, 8)), np.zeros(4, bool))
+    assert (float(nothing.of_rows), float(nothing.of_mean)) == (0, 0)

@@ -1,0 +1,84 @@
+"""L_QSACL against its published sum, written as loops."""
+
+import jax
+import numpy as np
+import pytest
+from oracles import cross_entropy, sinkhorn
+
+from skysense_jax.losses import qsacl
+
+RNG = np.random.default_rng(0)
+B, G, L, R, Z = 3, 2, 4, 5, 6
+TEACHER_GLOBAL, STUDENT_GLOBAL = RNG.uniform(-1, 1, (2, B, G, R, Z)).astype(np.float32)
+TEACHER_LOCAL, STUDENT_LOCAL = RNG.uniform(-1, 1, (2, B, L, R, Z)).astype(np.float32)
+GLOBAL_VALID = np.array([[1, 1], [0, 1], [1, 1]], bool)
+LOCAL_VALID = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+
+
+@jax.jit
+def loss(student_global, student_local, teacher_global, teacher_local, global_valid, local_valid):
+    targets = qsacl.query_targets(
+        teacher_global, teacher_local, global_valid, local_valid, temperature=0.07, iterations=3
+    )
+    return qsacl.query_term(student_global, student_local, targets, temperature=0.1)
+
+
+def loop(student_global, student_local, teacher_global, teacher_local, global_valid, local_valid):
+    rows = [(b, "g", v, i) for b in range(B) for v in range(G) for i in range(R) if global_valid[b, v]]
+    rows += [(b, "l", v, i) for b in range(B) for v in range(L) for i in range(R) if local_valid[b, v]]
+    logits = np.array([{"g": teacher_global, "l": teacher_local}[s][b, v, i] for b, s, v, i in rows]).reshape(-1, Z)
+    probs = dict(zip(rows, sinkhorn(logits, np.ones(len(rows), bool), 0.07, 3), strict=True))
+    total, count = 0.0, 0
+    for b in range(B):
+        for g in range(G):
+            for l in range(L):  # noqa: E741
+                for i in range(R):
+                    if global_valid[b, g] and local_valid[b, l]:
+                        total += cross_entropy(student_global[b, g, i], probs[b, "l", l, i], 0.1) / 2
+                        total += cross_entropy(student_local[b, l, i], probs[b, "g", g, i], 0.1) / 2
+                        count += 1
+    return total, count
+
+
+ARRAYS = (STUDENT_GLOBAL, STUDENT_LOCAL, TEACHER_GLOBAL, TEACHER_LOCAL, GLOBAL_VALID, LOCAL_VALID)
+
+
+def test_query_term_equals_the_loop_in_value_and_gradient():
+    term = loss(*ARRAYS)
+    total, count = loop(*ARRAYS)
+    np.testing.assert_allclose(term.sum, total, rtol=1e-5)
+    assert term.count == count == (2 * 3 + 1 * 4) * R
+    grads = jax.grad(lambda *a: loss(*a, *ARRAYS[2:]).sum, argnums=(0, 1))(*ARRAYS[:2])
+    directions = [RNG.normal(size=x.shape) for x in ARRAYS[:2]]
+    moved = [loop(*(x + h * d for x, d in zip(ARRAYS, directions)), *ARRAYS[2:])[0] for h in (1e-5, -1e-5)]
+    slope = sum((np.asarray(g) * d).sum() for g, d in zip(grads, directions, strict=True))
+    np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-5, rtol=1e-4)
+
+
+def test_query_term_permuted_queries_of_both_sides_change_nothing_of_one_side_do():
+    order = RNG.permutation(R)
+    both = [x[:, :, order] for x in ARRAYS[:4]]
+    np.testing.assert_allclose(loss(*both, *ARRAYS[4:]).sum, loss(*ARRAYS).sum, rtol=1e-5)
+    one = loss(*both[:2], *ARRAYS[2:]).sum
+    assert abs(one - loss(*ARRAYS).sum) > 1.0
+
+
+def test_query_term_without_usable_views_is_zero_with_zero_gradient():
+    nothing = (ARRAYS[4] & False, ARRAYS[5])
+    value, grad = jax.value_and_grad(lambda x: loss(x, *ARRAYS[1:4], *nothing).mean())(STUDENT_GLOBAL)
+    assert value == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize(
+    ("probs", "share"),
+    [(np.eye(4), 1.0), (np.eye(4)[[2] * 4], 0.25), (np.full((4, 4), 0.25), 0.25), (np.eye(4)[[0, 0, 1, 1]], 0.5)],
+)
+def test_query_usage_counts_the_queries_that_can_be_told_apart(probs, share):
+    rows = np.broadcast_to(probs, (3, 2, 4, 4)).astype(np.float32)
+    valid = np.ones((3, 2, 4), bool)
+    valid[1] = False
+    usage = jax.jit(qsacl.query_usage)
+    got = usage(rows * valid[..., None], valid)
+    np.testing.assert_allclose(got, share, rtol=1e-5)
+    assert usage(rows * 0, valid & False) == 0

@@ -1,0 +1,147 @@
+"""Swin V2 blocks, stages and merging against ``transformers`` with the same random weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.swinv2.configuration_swinv2 import Swinv2Config
+from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchMerging, Swinv2Stage
+
+from skysense_jax.models.merging import PatchMerging
+from skysense_jax.models.swin import SwinBlock
+
+WIDTH, NUM_HEADS, WINDOW = 64, 2, 8
+
+
+def _config():
+    return Swinv2Config(embed_dim=WIDTH, num_heads=[NUM_HEADS], depths=[2], window_size=WINDOW, drop_path_rate=0.0)
+
+
+def _randomise(module, seed, clamped=False):
+    """Weights far from their initial values, so that norms, biases and logit scales count.
+
+    ``clamped``: one head's logit scale lies above the clamp. Its logits reach 100, where fp32 steps are 8e-6.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            scale = 0.3 if parameter.ndim < 2 or "continuous" in name else 0.5 / parameter.shape[-1] ** 0.5
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            centred = name.endswith(("layernorm_before.weight", "layernorm_after.weight", "norm.weight", "logit_scale"))
+            parameter.copy_(parameter + noise if centred else noise)
+        for name, parameter in module.named_parameters():
+            if clamped and name.endswith("logit_scale"):
+                parameter[0] = 5.0
+    return module.eval()
+
+
+def _array(tensor):
+    return jnp.asarray(tensor.detach().numpy())
+
+
+def _linear(layer):
+    weights = {"kernel": _array(layer.weight).T}
+    return weights if layer.bias is None else {**weights, "bias": _array(layer.bias)}
+
+
+def _norm(layer):
+    return {"scale": _array(layer.weight), "bias": _array(layer.bias)}
+
+
+def _block_params(layer):
+    attention = layer.attention.self
+    position_hidden, _, position_output = attention.continuous_position_bias_mlp
+    return {
+        "attention": {
+            "query": _linear(attention.query),
+            "key": _linear(attention.key),
+            "value": _linear(attention.value),
+            "output": _linear(layer.attention.output.dense),
+            "logit_scale": _array(attention.logit_scale).reshape(-1),
+            "position_bias": {"hidden": _linear(position_hidden), "output": _linear(position_output)},
+        },
+        "attention_norm": _norm(layer.layernorm_before),
+        "mlp": {"hidden": _linear(layer.intermediate.dense), "output": _linear(layer.output.dense)},
+        "mlp_norm": _norm(layer.layernorm_after),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="shifted")
+def _ours(params, x, probe, shifted):
+    block = SwinBlock(head_width=WIDTH // NUM_HEADS, window=WINDOW, shifted=shifted)
+
+    def loss(params, x):
+        y = block.apply({"params": params}, x[:, None], valid=jnp.ones((x.shape[0], 1, *x.shape[1:3]), bool))[:, 0]
+        return (y * probe).sum(), y
+
+    gradients, y = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    return y, gradients
+
+
+@pytest.mark.parametrize(
+    ("grid", "shifted"),
+    [((16, 16), False), ((24, 16), True), ((13, 11), True), ((6, 6), True)],
+    ids=["plain", "shifted", "padded_and_shifted", "below_window"],
+)
+def test_swin_block_equals_transformers_in_values_and_gradients(grid, shifted):
+    clamped = grid == (6, 6)
+    shift = WINDOW // 2 if shifted else 0
+    layer = _randomise(Swinv2Layer(_config(), WIDTH, grid, NUM_HEADS, shift_size=shift), sum(grid), clamped)
+    rng = np.random.default_rng(0)
+    x, probe = (rng.normal(size=(2, *grid, WIDTH)).astype(np.float32) for _ in range(2))
+    probe /= 10
+    y, (params_gradient, x_gradient) = _ours(_block_params(layer), jnp.asarray(x), jnp.asarray(probe), shifted)
+
+    torch_x = torch.tensor(x.reshape(2, -1, WIDTH), requires_grad=True)
+    wanted = layer(torch_x, grid)[0]
+    (wanted * torch.tensor(probe).reshape(wanted.shape)).sum().backward()
+    np.testing.assert_allclose(y.reshape(wanted.shape), wanted.detach(), atol=1e-5)
+    np.testing.assert_allclose(x_gradient.reshape(wanted.shape), torch_x.grad, atol=1e-5)
+    attention, torch_attention = params_gradient["attention"], layer.attention.self
+    for name in ("query", "key"):
+        got, want = attention[name]["kernel"].T, getattr(torch_attention, name).weight.grad
+        np.testing.assert_allclose(got, want, atol=1e-5 * max(1, want.abs().max()))
+    want = torch_attention.continuous_position_bias_mlp[0].weight.grad
+    np.testing.assert_allclose(
+        attention["position_bias"]["hidden"]["kernel"].T, want, atol=1e-5 * max(1, want.abs().max())
+    )
+    want = torch_attention.logit_scale.grad.reshape(-1)
+    assert (want[0] == 0) == clamped
+    np.testing.assert_allclose(attention["logit_scale"], want, atol=1e-5 * max(1, want.abs().max()))
+
+
+def test_swin_stage_with_merging_equals_transformers():
+    grid = (13, 11)
+    stage = _randomise(Swinv2Stage(_config(), WIDTH, grid, 2, NUM_HEADS, [0.0, 0.0], Swinv2PatchMerging), seed=3)
+    x = np.random.default_rng(1).normal(size=(2, *grid, WIDTH)).astype(np.float32)
+    wanted = stage(torch.tensor(x.reshape(2, -1, WIDTH)), grid)[0].detach()
+    tokens = jnp.asarray(x)
+    for i, layer in enumerate(stage.blocks):
+        tokens, _ = _ours(_block_params(layer), tokens, jnp.zeros_like(tokens), bool(i % 2))
+    params = {"kernel": _array(stage.downsample.reduction.weight).T, "norm": _norm(stage.downsample.norm)}
+    merged = PatchMerging(WIDTH).apply({"params": params}, tokens[:, None])[:, 0]
+    assert merged.shape == (2, 7, 6, 2 * WIDTH)
+    np.testing.assert_allclose(merged.reshape(wanted.shape), wanted, atol=1e-5)
+
+
+def test_swin_block_masked_tokens_change_nothing_and_all_masked_is_finite():
+    layer = _randomise(Swinv2Layer(_config(), WIDTH, (13, 11), NUM_HEADS, shift_size=4), seed=4)
+    block = SwinBlock(head_width=WIDTH // NUM_HEADS, window=WINDOW, shifted=True)
+    rng = np.random.default_rng(2)
+    x, other = (jnp.asarray(rng.normal(size=(1, 2, 13, 11, WIDTH)), jnp.float32) for _ in range(2))
+    valid = jnp.asarray(rng.random((1, 2, 13, 11)) < 0.5).at[0, 1].set(False)
+    params = {"params": _block_params(layer)}
+
+    @jax.jit
+    def run(x):
+        used = lambda x: jnp.where(valid[..., None], block.apply(params, x, valid=valid), 0)  # noqa: E731
+        y, pull = jax.vjp(used, x)
+        return y, pull(jnp.ones_like(y))[0]
+
+    (y, gradient), (changed, _) = run(x), run(jnp.where(valid[..., None], x, 10 * other))
+    np.testing.assert_array_equal(y, changed)
+    assert jnp.isfinite(gradient).all()
+    np.testing.assert_array_equal(jnp.where(valid[..., None], 0, gradient), 0)

@@ -1,0 +1,331 @@
+"""What is saved comes back to the bit on any mesh; what is damaged is found, told and passed over."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from skysense_jax import checkpoint
+from skysense_jax.checkpoint import Checkpoints, leaf_digest, restore_teacher, tree_digests
+
+
+@struct.dataclass
+class State:
+    step: Any
+    student: Any
+    teacher: Any
+    optimizer: Any
+
+
+def make_state(seed=0, width=8):
+    rng = np.random.default_rng(seed)
+    params = {
+        "stage": {
+            "kernel": rng.standard_normal((16, width)).astype(np.float32),
+            "bias": np.arange(3, dtype=np.float32),
+        },
+        "half": rng.standard_normal((64, 125)).astype(np.float32),
+    }
+    teacher = jax.tree.map(lambda x: 2 * x, params)
+    return State(np.int32(seed), params, teacher, ({"moment": params["half"].astype(jnp.bfloat16)}, ()))
+
+
+def mesh_of(shape):
+    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("data", "fsdp"))
+
+
+def placed(state, shape):
+    """Abstract state on a mesh: matrices over both axes, the rest everywhere."""
+    mesh = mesh_of(shape)
+    spec = lambda x: PartitionSpec("fsdp", "data") if np.ndim(x) == 2 and x.shape[1] == 8 else PartitionSpec()  # noqa: E731
+    as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))  # noqa: E731
+    return jax.tree.map(as_shape, state)
+
+
+def put(state, shape):
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, placed(state, shape))
+
+
+def open_run(workdir, **changes):
+    return Checkpoints(workdir, **{**dict(every_steps=1, keep_last=3, keep_every_steps=1000), **changes})
+
+
+def save(checkpoints, step, state, *, force=False):
+    data_state = {"global_next_index": 8 * step, "nested": {"epochs": [1, 2]}}
+    how = checkpoints.save if force else checkpoints.maybe_save
+    return how(step, state, data_state=data_state, meta={"config": "a = 1\n"})
+
+
+def assert_bits_equal(got, want):
+    got, want = ({p: np.asarray(x) for p, x in checkpoint.named_leaves(t).items()} for t in (got, want))
+    assert list(got) == list(want)
+    for path in want:
+        assert (got[path].shape, got[path].dtype) == (want[path].shape, want[path].dtype), path
+        assert got[path].tobytes() == want[path].tobytes(), path
+
+
+def saved_run(workdir, steps=(1, 2), mesh=(1, 1), **changes):
+    checkpoints = open_run(workdir, **changes)
+    for step in steps:
+        assert save(checkpoints, step, put(make_state(step), mesh))
+    checkpoints.wait()
+    return checkpoints
+
+
+def largest_file(directory: pathlib.Path) -> pathlib.Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_byte(directory: pathlib.Path):
+    path = largest_file(directory / "state")  # the arrays: random numbers do not compress, so half-way is payload
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def errors(monkeypatch):
+    told = []
+    monkeypatch.setattr(logging, "error", lambda text, *args: told.append(text % args))
+    return told
+
+
+def test_round_trip_over_three_meshes_keeps_every_bit(tmp_path):
+    want = make_state(1)
+    checkpoints = open_run(tmp_path)
+    assert save(checkpoints, 1, put(want, (2, 4)))
+    for step, shape in ((2, (4, 2)), (3, (1, 1))):
+        restored = checkpoints.restore_latest(placed(want, shape))
+        assert restored.step == step - 1
+        assert restored.data_state == {"global_next_index": 8 * (step - 1), "nested": {"epochs": [1, 2]}}
+        assert restored.meta == {"config": "a = 1\n"}
+        assert_bits_equal(restored.state, want)
+        kernel = restored.state.student["stage"]["kernel"]
+        assert kernel.sharding == placed(want, shape).student["stage"]["kernel"].sharding
+        assert save(checkpoints, step, restored.state)
+    checkpoints.close()
+    assert checkpoints.num_damaged == 0
+
+
+def test_restore_latest_of_a_fresh_workdir_is_none(tmp_path):
+    checkpoints = open_run(tmp_path / "new")
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))) is None
+    checkpoints.close()
+
+
+def test_save_then_overwrite_of_donated_arrays_is_safe(tmp_path):
+    want = make_state(1)
+    state = jax.tree.map(jnp.array, put(want, (2, 4)))
+    scramble = jax.jit(lambda s: jax.tree.map(lambda x: -x - x.dtype.type(7), s), donate_argnums=0)
+    checkpoints = open_run(tmp_path)
+    assert save(checkpoints, 1, state)
+    saved = state
+    for _ in range(5):
+        state = scramble(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(saved))
+    jax.block_until_ready(state)
+    assert_bits_equal(checkpoints.restore_latest(placed(want, (2, 4))).state, want)
+    checkpoints.close()
+
+
+def test_save_happens_on_the_interval_when_forced_and_once_a_step(tmp_path):
+    checkpoints = open_run(tmp_path, every_steps=5, keep_last=10)
+    state = put(make_state(), (1, 1))
+    assert [step for step in range(1, 12) if save(checkpoints, step, state)] == [5, 10]
+    assert save(checkpoints, 11, state, force=True)
+    assert not save(checkpoints, 11, state, force=True)
+    checkpoints.wait()
+    assert checkpoints.steps() == [5, 10, 11]
+    checkpoints.close()
+
+
+def test_keep_policies_keep_the_newest_and_the_multiples(tmp_path):
+    checkpoints = saved_run(tmp_path, steps=range(1, 9), keep_last=2, keep_every_steps=3)
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 6, 7, 8]
+
+
+def test_save_data_state_that_json_changes_is_refused(tmp_path):
+    checkpoints = open_run(tmp_path)
+    with pytest.raises(ValueError, match="does not survive JSON"):
+        checkpoints.save(1, put(make_state(), (1, 1)), data_state={"position": (1, 2)}, meta={})
+    checkpoints.close()
+
+
+def test_restore_flipped_byte_in_the_newest_falls_back_and_the_run_goes_on(tmp_path, errors):
+    saved_run(tmp_path).close()
+    flip_a_byte(tmp_path / "checkpoints" / "2")
+    checkpoints = open_run(tmp_path)
+    restored = checkpoints.restore_latest(placed(make_state(), (1, 1)))
+    assert restored.step == 1
+    assert_bits_equal(restored.state, make_state(1))
+    assert checkpoints.num_damaged == 1
+    assert "step 2" in errors[0]
+    assert "is damaged: 1 arrays are not what was saved: " in errors[0]  # Orbax itself restored it without a word
+    assert (tmp_path / "damaged_checkpoints" / "2" / "state").exists()
+    assert save(checkpoints, 2, put(make_state(2), (1, 1)))  # the step is reached again
+    assert_bits_equal(checkpoints.restore_latest(placed(make_state(), (1, 1))).state, make_state(2))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no meta", "no state", "another position"])
+def test_restore_unreadable_newest_falls_back(tmp_path, errors, damage):
+    saved_run(tmp_path).close()
+    newest = tmp_path / "checkpoints" / "2"
+    if damage == "truncated":
+        path = largest_file(newest / "state")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "no meta":
+        largest_file(newest / "meta").write_text("{")
+    elif damage == "another position":
+        (path,) = (p for p in (newest / "data").rglob("*") if p.is_file() and b"global_next_index" in p.read_bytes())
+        path.write_text(path.read_text().replace("16", "17"))
+    else:
+        (newest / "state").rename(tmp_path / "elsewhere")
+    checkpoints = open_run(tmp_path)
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))).step == 1
+    assert len(errors) == 2  # damaged, moved
+    checkpoints.close()
+
+
+def test_restore_all_damaged_is_an_error_that_names_each_and_moves_nothing(tmp_path, errors):
+    saved_run(tmp_path).close()
+    for step in (1, 2):
+        flip_a_byte(tmp_path / "checkpoints" / str(step))
+    checkpoints = open_run(tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)no checkpoint in .*step 2: .*step 1: "):
+        checkpoints.restore_latest(placed(make_state(), (1, 1)))
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_restore_partially_written_directory_is_ignored(tmp_path, errors):
+    saved_run(tmp_path).close()
+    newest = tmp_path / "checkpoints" / "2"
+    newest.rename(newest.with_name("2.orbax-checkpoint-tmp"))
+    checkpoints = open_run(tmp_path)
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))).step == 1
+    assert errors == []
+    checkpoints.close()
+
+
+def test_restore_another_model_says_which_leaves(tmp_path):
+    saved_run(tmp_path).close()
+    checkpoints = open_run(tmp_path)
+    other = make_state(width=24)
+    del other.teacher["half"]
+    other.student["prompts"] = np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match="holds another state than this config builds") as error:
+        checkpoints.restore_latest(placed(other, (1, 1)))
+    text = str(error.value)
+    assert "1 only in the checkpoint: teacher/half" in text
+    assert "1 only in this run: student/prompts" in text
+    assert "student/stage/kernel: saved (16, 8) float32, wanted (16, 24) float32" in text
+    assert "config.model" in text
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_restore_meta_is_checked_before_the_arrays(tmp_path):
+    saved_run(tmp_path).close()
+    checkpoints, seen = open_run(tmp_path), []
+
+    def refuse(meta):
+        seen.append(meta)
+        raise ValueError("config.model.width differs")
+
+    with pytest.raises(ValueError, match="width differs"):
+        checkpoints.restore_latest(placed(make_state(width=24), (1, 1)), check_meta=refuse)
+    assert seen == [{"config": "a = 1\n"}]
+    assert checkpoints.num_damaged == 0
+    checkpoints.close()
+
+
+def test_restore_another_dtype_is_refused_rather_than_cast(tmp_path):
+    saved_run(tmp_path, steps=(1,)).close()
+    other = make_state().replace(teacher=jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state().teacher))
+    checkpoints = open_run(tmp_path)
+    with pytest.raises(ValueError, match=r"teacher/half: saved .* float32, wanted .* bfloat16"):
+        checkpoints.restore_latest(placed(other, (1, 1)))
+    checkpoints.close()
+
+
+def test_restore_teacher_needs_to_know_the_teacher_only(tmp_path):
+    saved_run(tmp_path, mesh=(2, 4)).close()
+    teacher = make_state().teacher
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher)
+    restored = restore_teacher(tmp_path, shapes)
+    assert restored.step == 2
+    assert_bits_equal(restored.state, make_state(2).teacher)
+    assert all(leaf.sharding.device_set == {jax.local_devices()[0]} for leaf in jax.tree.leaves(restored.state))
+    assert_bits_equal(restore_teacher(tmp_path, shapes, step=1).state, make_state(1).teacher)
+    with pytest.raises(ValueError, match=r"steps \[1, 2\]; wanted step 7"):
+        restore_teacher(tmp_path, shapes, step=7)
+    with pytest.raises(ValueError, match="there is no"):
+        restore_teacher(tmp_path / "nowhere", shapes)
+
+
+def test_restore_teacher_damaged_newest_falls_back_without_touching_the_files(tmp_path, errors):
+    saved_run(tmp_path).close()
+    flip_a_byte(tmp_path / "checkpoints" / "2")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state().teacher)
+    assert restore_teacher(tmp_path, shapes).step == 1
+    assert (tmp_path / "checkpoints" / "2").exists()
+    with pytest.raises(RuntimeError, match="step 2: "):
+        restore_teacher(tmp_path, shapes, step=2)
+
+
+# ---- digests
+
+
+def digest_by_loops(x: np.ndarray) -> int:
+    """Element by element, with Python's integers."""
+
+    def mix(v):
+        v = (v ^ (v >> 16)) * 0x85EBCA6B % 2**32
+        v = (v ^ (v >> 13)) * 0xC2B2AE35 % 2**32
+        return v ^ (v >> 16)
+
+    words = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    return sum(mix(int(word) ^ mix(i + 1)) for i, word in enumerate(words)) % 2**32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_leaf_digest_equals_loops(dtype):
+    x = (10 * np.random.default_rng(0).standard_normal((3, 5, 2))).astype(jnp.dtype(dtype))
+    assert int(leaf_digest(jnp.asarray(x))) == digest_by_loops(x)
+
+
+def test_leaf_digest_sees_one_bit_a_swap_and_a_sign_of_zero():
+    x = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    x[2, 1] = 0.0
+    digest = jax.jit(leaf_digest)
+    seen = {int(digest(x))}
+    for position in range(3):
+        for bit in (0, 13, 31):
+            flipped = x.view(np.uint32).copy()
+            flipped[position, position] ^= np.uint32(1 << bit)
+            seen.add(int(digest(flipped.view(np.float32))))
+    swapped, signed = x.copy(), x.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    signed[2, 1] = -0.0
+    seen |= {int(digest(swapped)), int(digest(signed))}
+    assert len(seen) == 1 + 9 + 2
+
+
+def test_tree_digests_do_not_depend_on_the_mesh():
+    state = make_state(3)
+    digests = [tree_digests(put(state, shape)) for shape in ((1, 1), (2, 4), (4, 2))]
+    assert digests[0] == digests[1] == digests[2]
+    assert "optimizer/0/moment" in digests[0]
+
+
+def test_leaf_digest_unknown_width_is_refused():
+    with pytest.raises(ValueError, match="dtype complex64 has no digest"):
+        leaf_digest(jnp.zeros(3, jnp.complex64))

@@ -1,0 +1,188 @@
+"""The laws of the house, read from the source: who imports whom, who reads a config, how long things are."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from skysense_jax import sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "skysense_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SECTIONS = ("run", "mesh", "efficiency", "data", "model", "objective", "optim", "eval")
+
+# What a room may import of the project; a room that is not here may import anything but what NEVER says.
+ALLOWED = {
+    "modalities": set(),
+    "sharding": set(),
+    "trees": set(),
+    "batch": set(),
+    "data": {"modalities"},
+    "models": {"modalities", "sharding", "batch"},
+    "losses": set(),
+    "photometric": {"batch", "modalities"},
+    "metrics": set(),
+    "checkpoint": {"trees"},
+    "optim": {"trees"},
+    "config_checks": {"modalities", "data"},  # data/text: the table that a config names
+    "config": {"config_checks"},
+}
+# Who may import these; they stand beside or above everything else.
+ONLY_BY = {
+    "train": {"plan"},
+    "ingest": set(),
+    "export": set(),
+    "config": {"train", "plan"},
+    "train_step": {"train", "plan"},
+}
+CONFIG_READERS = {"config.py", "config_checks.py", "train.py", "plan.py"}  # beside benchmarks and tests
+LOSSES_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "math", "collections", "typing", "functools", "dataclasses"}
+
+
+def name_of(path: pathlib.Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def room_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of all that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_imported(path: pathlib.Path) -> set[str]:
+    names = [name.split(".") for name in imports(path)]
+    return {parts[1] for parts in names if parts[0] == "skysense_jax" and len(parts) > 1} - {room_of(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path):
+    room, used = room_of(path), rooms_imported(path)
+    if room in ALLOWED:
+        assert used <= ALLOWED[room], f"{name_of(path)} imports {sorted(used - ALLOWED[room])}"
+    for target in used & set(ONLY_BY):
+        entry_point = room == target or room in ONLY_BY[target] or "__main__" in path.read_text()
+        assert entry_point, f"{name_of(path)} imports {target}, which stands above it"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "losses").glob("*.py")), ids=name_of)
+def test_losses_import_jax_and_losses_only(path):
+    others = {name.split(".")[0] for name in imports(path) if not name.startswith("skysense_jax.losses")}
+    assert others <= LOSSES_MAY_IMPORT, f"{name_of(path)} imports {sorted(others - LOSSES_MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_config_is_read_in_entry_points_only(path):
+    text = path.read_text()
+    # A default where a field is read hides a typo, and stands in two places.
+    assert not re.search(r"\bconfig(\.\w+)*\.get\(", text), f"{name_of(path)}: config.get("
+    if name_of(path) in CONFIG_READERS:
+        return
+    assert not {name for name in imports(path) if name.split(".")[0] == "ml_collections"}
+    read = {
+        f"config.{node.attr}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
+        if node.attr in SECTIONS
+    }
+    assert not read, f"{name_of(path)} reads {sorted(read)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 420, f"{name_of(path)}: {len(text.splitlines())} lines; it holds two things"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            limit = 250 if name_of(path) == "train.py" and node.name in ("main", "train") else 90
+            length = node.end_lineno - node.lineno + 1
+            assert length <= limit, f"{name_of(path)}: {node.name} has {length} lines; wanted at most {limit}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.read_text().strip()], ids=name_of)
+def test_modules_say_what_they_are_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{name_of(path)} has no docstring"
+
+
+# ---- logical axes: flax replicates an unknown name without a word
+
+TAKES_AXES = {"partitioned", "constrain", "with_logical_partitioning", "with_logical_constraint", "Partitioned"}
+
+
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name_of)
+def test_logical_axes_are_constants_with_a_rule(path):
+    rules, tree = dict(sharding.LOGICAL_AXIS_RULES), ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        axes = [keyword.value for keyword in node.keywords if keyword.arg in ("axes", "names")]
+        axes += node.args if called(node) in TAKES_AXES else []
+        literals = [part.value for axis in axes for part in ast.walk(axis) if isinstance(part, ast.Constant)]
+        literals = [value for value in literals if isinstance(value, str)]
+        assert not literals, f"{name_of(path)} line {node.lineno}: {literals} instead of a constant of sharding.py"
+    used = {name.rpartition(".")[2] for name in imports(path) if name.startswith("skysense_jax.sharding.")}
+    for constant in used - {"LOGICAL_AXIS_RULES"}:
+        if constant.isupper():
+            assert getattr(sharding, constant) in rules, f"{name_of(path)}: {constant} has no rule"
+
+
+def test_every_axis_constant_has_a_rule_and_every_rule_names_mesh_axes():
+    constants = {value for name, value in vars(sharding).items() if name.isupper() and isinstance(value, str)}
+    rules = dict(sharding.LOGICAL_AXIS_RULES)
+    assert constants == set(rules)
+    assert len(sharding.LOGICAL_AXIS_RULES) == len(rules)
+    for axes in rules.values():
+        named = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        assert set(named) <= set(sharding.MESH_AXES)
+
+
+# ---- where the code runs
+
+TEXT_FILES = [
+    path
+    for folder in ("skysense_jax", "configs", "tests", "benchmarks", "docs", "launch")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".md", ".sh", ".txt", ".toml", ".yaml", ".json", ".sbatch")
+]
+MACHINE_PATH = re.compile("(?<![\\w.])/(" + "|".join(("work", "home", "root", "Users")) + ")/")
+
+
+def test_no_machine_paths_in_the_repository():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in TEXT_FILES
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_data_modules_do_not_import_jax():
+    modules = []
+    for path in sorted((PACKAGE / "data").rglob("*.py")):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {"jax", "flax", "torch"}, f"{name_of(path)} imports {sorted(used)}"
+        if "grain" not in used and path.name != "make_table.py":  # Grain itself imports jax
+            modules.append(".".join(path.with_suffix("").relative_to(ROOT).parts).removesuffix(".__init__"))
+    assert len(modules) > 5
+    code = (
+        "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module(m); assert 'jax' not in sys.modules, m"
+    )
+    subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, timeout=60, check=True)
