@@ -19,6 +19,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -70,15 +71,21 @@ def write_records(config: ConfigDict, out: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def train(config: ConfigDict, config_file: str, workdir: pathlib.Path, records: pathlib.Path, **fields) -> float:
-    """Runs, or goes on with, one pre-training; returns its minutes from the first logged step to the last."""
+def train(
+    config: ConfigDict, config_file: str, workdir: pathlib.Path, records: pathlib.Path, **fields
+) -> dict[str, float]:
+    """Runs, or goes on with, one pre-training. Minutes from the first step to the last, and of the whole process
+    (which compiles, and draws pictures and probes at its end)."""
     overrides = {"optim.num_steps": config.optim.num_steps, "data.sources": ((str(records), 1.0),), **fields}
     command = [sys.executable, "-m", "skysense_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
     command += [f"--config.{field}={value}" for field, value in overrides.items()]
     print("+", " ".join(command), file=sys.stderr, flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    started = time.monotonic()
+    if subprocess.run(command, check=False, cwd=ROOT).returncode:
+        sys.exit(f"training failed (above); the same command goes on in {workdir}")
     lines = metrics.read_json_lines(workdir / metrics.FILE_NAME)
-    return (lines[-1]["time"] - lines[0]["time"]) / 60
+    minutes = (lines[-1]["time"] - lines[0]["time"]) / 60
+    return {"minutes": minutes, "process_minutes": (time.monotonic() - started) / 60}
 
 
 def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.Path, records: pathlib.Path) -> int:
@@ -168,9 +175,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict]]:
                 elif name == "untrained":
                     cell["scores"] = probe.untrained(seed)
                 else:
-                    workdir = args.out / "runs" / f"{name}_seed{seed}"
+                    workdir = args.out / "runs" / f"{name}_seed{seed}_{made_by}"
                     fields = {"optim.seed": seed, **VARIANTS[name][1]}
-                    cell["minutes"] = train(config, args.config, workdir, records, **fields)
+                    cell |= train(config, args.config, workdir, records, **fields)
                     cell["steps"] = config.optim.num_steps
                     cell["scores"] = probe.trained(workdir)
                 path.write_text(json.dumps(cell, indent=1))
@@ -215,8 +222,10 @@ def report(cells: dict[str, dict[int, dict]]) -> str:
     runs = [cell for name in trained for cell in cells[name].values()]
     if runs:
         minutes = [cell["minutes"] for cell in runs]
+        whole = max(cell["process_minutes"] for cell in runs)
         lines.append(
-            f"- {len(runs)} runs of {runs[0]['steps']} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes"
+            f"- {len(runs)} runs of {runs[0]['steps']} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes of "
+            f"training (at most {whole:.1f} with compilation, pictures and probe)"
         )
     seeds = max(len(column) for column in cells.values())
     lines.append(f"- mean ± standard deviation over {seeds} seeds; {os.cpu_count()} cores, {platform.machine()}, ")
@@ -241,7 +250,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    print(report(measure(parse())))
+    try:
+        print(report(measure(parse())))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

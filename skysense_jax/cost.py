@@ -28,8 +28,8 @@ class ViewCost:
     tokens: Mapping[str, int]
 
 
-def block_flops(num_tokens: int, num_keys: int, width: int, mlp_ratio: float) -> float:
-    """One Transformer block: projections 8 D^2, attention 4 D per key, MLP 4 ratio D^2, per token."""
+def block_flops(num_tokens: int, num_keys: int, width: int, mlp_ratio: int | float) -> int | float:
+    """FLOPs of one Transformer block: projections 8 D^2, attention 4 D per key, MLP 4 ratio D^2, per token."""
     return num_tokens * (8 * width**2 + 4 * num_keys * width + 4 * mlp_ratio * width**2)
 
 
@@ -40,7 +40,7 @@ def backbone_flops(
     width: int,
     depths: Sequence[int],
     window: int,
-    mlp_ratio: float,
+    mlp_ratio: int | float,
     num_prompts: int,
     experts_per_token: int = 1,
     num_moe_blocks: int = 0,

@@ -303,7 +303,7 @@ def close_run(
     """
     scenes = dict(seed=config.data.scenes.seed, extent_cells=config.data.scenes.extent_cells)
     options = dict(
-        cells=config.data.views.global_cells, num_dates=config.data.num_dates, batch_size=config.eval.batch_size
+        cells=config.data.views.global_cells, num_dates=dict(config.data.num_dates), batch_size=config.eval.batch_size
     )
     held_out = range(config.eval.first_index, config.eval.first_index + 3)
     paths = pictures.write_all(

@@ -219,7 +219,7 @@ def student_terms(
         for name, views in (("global", inputs.batch.global_views), ("local", inputs.batch.local_views)):
             cells, scale = student.describe(features[name].fused)
             terms["text_alignment"] += text_alignment.text_alignment(
-                cells, views.labels, features[name].fused_usable, table=objective.text_table, scale=scale
+                cells, views.labels, features[name].fused_usable, table=jnp.asarray(objective.text_table), scale=scale
             )
         logged["text_scale"] = scale
 
@@ -274,7 +274,7 @@ def make_train_step(
             return sum(objective.weights[name] * term.mean() for name, term in terms.items()), logged
 
         (loss, logged), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.student)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.student)

@@ -1,11 +1,16 @@
 """Before jax starts: 8 virtual CPU devices for every test, shapes checked by beartype, a compile cache."""
 
+import importlib.metadata
 import os
 import pathlib
 
-_DEVICES = "--xla_force_host_platform_device_count=8"
+# Compiling is most of what the tests do: no LLVM optimisation, and emitters that compile fast where jaxlib has them
+# (an unknown flag ends the process).
+_XLA_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), _DEVICES)).strip()
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS)).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax  # noqa: E402

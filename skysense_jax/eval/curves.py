@@ -14,16 +14,16 @@ from jaxtyping import Float
 from skysense_jax.eval.drawing import new_figure, save
 from skysense_jax.metrics import read_json_lines
 
-# Panels of the curves: title, axis label, what keys belong to it (the group is the label), whether logarithmic.
+# Panels of the curves: title, axis label, what keys belong to it (the group is the label), axis: logarithmic, from 0.
 _PANELS = (
-    ("Loss", "weighted sum", r"(loss)$", False),
-    ("Loss terms", "unweighted, mean per prediction", r"loss/(.+)", False),
-    ("Multi-granularity contrastive loss, by features", "mean per prediction", r"mgcl/(.+)", False),
-    ("Entropy of the teacher's targets", "nats", r"target_entropy/(.+)", False),
-    ("Entropy of the mean target: 0 is collapse", "nats", r"target_entropy_of_mean/(.+)", False),
-    ("Spread of features: 0 is collapse, 1 isotropic", "", r"feature_std/(.+)", False),
-    ("Gradient norm before clipping", "", r"(gradient_norm)", True),
-    ("Use of the queries", "", r"(query_usage)", False),
+    ("Loss", "weighted sum", r"(loss)$", ""),
+    ("Loss terms", "unweighted, mean per prediction", r"loss/(.+)", ""),
+    ("Multi-granularity contrastive loss, by features", "mean per prediction", r"mgcl/(.+)", ""),
+    ("Entropy of the teacher's targets", "nats", r"target_entropy/(.+)", "from 0"),
+    ("Entropy of the mean target: 0 is collapse", "nats", r"target_entropy_of_mean/(.+)", "from 0"),
+    ("Spread of features", "0 collapsed, 1 isotropic", r"feature_std/(.+)", "from 0"),
+    ("Gradient norm before clipping", "", r"(gradient_norm)", "log"),
+    ("Use of the queries", "1/R all alike, 1 all differ", r"(query_usage)", "from 0"),
 )
 _EXPERTS = re.compile(r"experts/load_block(\d+)_expert(\d+)")
 _DASHES = {"pixel": "-", "object": "--", "image": ":"}
@@ -44,17 +44,17 @@ def curves_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Pa
     """
     series = read_metrics(metrics_path)
     panels = []
-    for title, label, pattern, log in _PANELS:
+    for title, label, pattern, scale in _PANELS:
         keys = {k: match[1] for k in series if (match := re.fullmatch(pattern, k)) and np.isfinite(series[k]).any()}
         if keys:
-            panels.append((title, label, keys, log))
+            panels.append((title, label, keys, scale))
     if not panels:
         return None
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure = new_figure(6.4 * columns, 3.0 * rows + 0.2)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for (title, label, keys, log), axes in zip(panels, grid):
+    for (title, label, keys, scale), axes in zip(panels, grid):
         colours: dict[str, str] = {}
         for key, name in keys.items():
             source, _, granularity = name.rpartition("_")
@@ -66,7 +66,9 @@ def curves_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Pa
             axes.plot(x, y, dash, color=colour, label=name, linewidth=1.2, marker=marker)
         axes.set(xlabel="step", ylabel=label)
         axes.set_title(title, fontsize=10)
-        if log and all(np.nanmin(series[key]) > 0 for key in keys):
+        if scale == "from 0":
+            axes.set_ylim(0, 1.08 * max(float(np.nanmax(series[key])) for key in keys) or 1.0)
+        if scale == "log" and all(np.nanmin(series[key]) > 0 for key in keys):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         if len(keys) > 1:

@@ -131,14 +131,14 @@ def raw_bands(whole: WholeSample, modalities: Sequence[Modality]) -> Float[np.nd
 
     Of a modality with several pixels a cell: the mean and the deviation of each band in the cell. Edges are repeated.
     """
-    columns = []
+    parts = []
     for modality in modalities:
         images, per_cell = whole.images[modality.name].astype(np.float32), modality.pixels_per_cell
         cells = images.shape[1] // per_cell
         blocks = images.reshape(images.shape[0], cells, per_cell, cells, per_cell, -1)
         statistics = [blocks.mean(axis=(2, 4))] + ([blocks.std(axis=(2, 4))] if per_cell > 1 else [])
-        columns += [np.moveaxis(s, 0, 2).reshape(cells, cells, -1) for s in statistics]
-    flat = np.concatenate(columns, axis=-1)
+        parts += [np.moveaxis(s, 0, 2).reshape(cells, cells, -1) for s in statistics]
+    flat = np.concatenate(parts, axis=-1)
     padded = np.pad(flat, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows, columns = flat.shape[:2]
     return np.concatenate([padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3)], axis=-1)

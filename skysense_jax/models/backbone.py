@@ -197,7 +197,7 @@ class Backbone(nn.Module):
     def _run(self, group, tokens, valid, *, train):
         """The four stages over the images of a group: tokens after each, final validity, router statistics."""
         owners = tuple(m.name for m, x in zip(group, tokens) for _ in range(x.shape[1]))
-        x = jnp.concatenate(tokens, axis=1)
+        x = jnp.where(valid[..., None], jnp.concatenate(tokens, axis=1), 0)
         rates = np.linspace(0.0, self.drop_path, sum(self.depths)) if train and self.drop_path else None
         sections = np.cumsum(self.depths)[:-1]
         rates = (None,) * 4 if rates is None else np.split(rates, sections)
@@ -206,7 +206,6 @@ class Backbone(nn.Module):
             cells = tuple(-(-side // 2) for side in cells) if merges else cells
         after_stage, router = [], None
         for stage in (1, 2, 3, 4):
-            x = jnp.where(valid[..., None], x, 0)
             if stage > 1:
                 x, valid = self._transition(stage, group, tokens, x, valid)
             if stage < 3:
@@ -214,7 +213,7 @@ class Backbone(nn.Module):
             else:
                 x, stats = self._global_stage(stage, owners, cells, x, valid, rates[stage - 1], train)
                 router = stats if router is None else _then(router, stats)
-            x = jnp.where(valid[..., None], x, 0)
+            x = jnp.where(valid[..., None], x, 0)  # so a merge adds nothing of what lies in invalid tokens
             after_stage.append(x)
         return after_stage, valid, router
 

@@ -1,0 +1,33 @@
+"""The smallest config that has every part: for tests that run the whole step."""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def micro_config() -> ConfigDict:
+    """Four blocks of width 32 and up, 4-cell global and 2-cell local views, two of the modalities, batch 8."""
+    config = tiny.get_config()
+    config.name = "micro"
+    config.run.update(
+        log_every_steps=1, checkpoint_every_steps=5, input_threads=1, tensorboard=False, max_bad_record_share=1.0
+    )
+    config.data.update(modalities=("hr", "s1"), batch_size=8, num_dates=dict(hr=1, s1=2))
+    config.data.views.update(
+        anchor_cells=8,
+        global_box_cells=(5, 7),
+        global_cells=4,
+        num_local=1,
+        local_box_cells=(2, 3),
+        local_cells=2,
+    )
+    config.data.scenes.update(num_scenes=40, extent_cells=8)
+    config.model.backbone.update(depths=(1, 1, 1, 1), num_prompts=2)
+    config.model.fusion.update(width=32, depth=1)
+    config.model.queries.update(num_queries=3)
+    config.model.heads.update(hidden_dim=16, bottleneck_dim=8, num_prototypes=24)
+    config.objective.mgcl.update(num_positions=5, num_clusters=3, cluster_iterations=2)
+    config.objective.prototype_freeze_steps = 2
+    config.optim.update(num_steps=10, warmup_steps=2)
+    config.eval.update(num_train_scenes=0, num_test_scenes=0)
+    return config

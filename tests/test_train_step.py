@@ -1,0 +1,186 @@
+"""The whole step on the micro config: meshes agree, masks hold, numbers that are not finite do no harm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from micro import micro_config
+
+from skysense_jax import dry_run, sharding, train, train_state
+
+
+class Compiled:
+    """The micro step on a mesh, jitted without donation so that a state may be used twice."""
+
+    def __init__(self, config, devices):
+        self.config, self.run = config, train.assemble(config)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        fields = {k: config.data[k] for k in train._BATCH_FIELDS}
+        self.shapes = dry_run.batch_shapes(self.run.modalities, **fields)
+        with jax.set_mesh(self.mesh):
+            boxed = train_state.boxed_state(self.run.student, self.run.optimizer, self.shapes)
+            self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
+
+    def state(self):
+        with jax.set_mesh(self.mesh):
+            return train_state.create_state(
+                self.run.student, self.run.optimizer, self.shapes, seed=self.config.optim.seed, mesh=self.mesh
+            )
+
+    def __call__(self, state, element):
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(self.step(state, train.to_device(element, self.mesh)))
+
+    def lowered_text(self, element):
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state(), train.to_device(element, self.mesh)).as_text()
+
+
+@pytest.fixture(scope="module")
+def element():
+    return next(iter(train.make_pipeline(micro_config())))
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    config = micro_config()
+    config.mesh.update(data=2, fsdp=4)
+    return Compiled(config, jax.devices())
+
+
+@pytest.fixture(scope="module")
+def first(sharded, element):
+    """State and metrics after one step on 8 devices."""
+    return sharded(sharded.state(), element)
+
+
+def _leaves(tree):
+    return dict(jax.tree_util.tree_leaves_with_path(jax.device_get(tree)))
+
+
+def test_one_device_other_remat_and_unroll_equal_eight_devices(first, element):
+    config = micro_config()
+    config.mesh.update(data=1, fsdp=1)
+    config.efficiency.update(remat="blocks", scan_unroll=2)
+    alone = Compiled(config, jax.devices()[:1])
+    state, metrics = alone(alone.state(), element)
+    for name, value in first[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    # After one step from zero, Adam's first moment is the clipped gradient times 1 - beta1.
+    ours, theirs = _leaves(state.optimizer), _leaves(first[0].optimizer)
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        np.testing.assert_allclose(ours[path], value, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_step_reports_every_term_and_updates_both_sides(first, sharded):
+    state, metrics = first
+    config = sharded.config
+    total = sum(config.objective.weights[t] * metrics[f"loss/{t}"] for t in ("mgcl", "qsacl", "text_alignment"))
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert all(np.isfinite(value) for value in metrics.values())
+    before, after, teacher = (_leaves(t) for t in (sharded.state().student, state.student, state.teacher))
+    frozen = [path for path in before if "prototypes" in jax.tree_util.keystr(path)]
+    assert len(frozen) == 7
+    momentum = metrics["ema_momentum"]
+    for path, old in before.items():
+        new = after[path]
+        if path in frozen:
+            np.testing.assert_array_equal(new, old)
+        np.testing.assert_allclose(teacher[path], momentum * old + (1 - momentum) * new, rtol=1e-6, atol=1e-7)
+    moved = [path for path in before if not np.array_equal(before[path], after[path])]
+    assert len(moved) >= len(before) - len(frozen) - 2  # a day or modality that no sample has may stand still
+
+
+def test_parameters_lie_sharded_over_the_mesh(sharded):
+    whole = sharded.state()
+    kernel = whole.student["backbone"]["stage4"]["mlp"]["hidden"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    assert whole.teacher["backbone"]["stage4"]["mlp"]["hidden"]["kernel"].sharding == kernel.sharding
+
+
+def test_lowered_step_contains_sharding_constraints(sharded, element):
+    assert sharded.lowered_text(element).count("sharding_constraint") > 20
+
+
+def _changed(element, change):
+    """A copy of a host batch, every view group passed through ``change``."""
+    views = {name: change(dict(element[name])) for name in ("global_views", "local_views")}
+    return {**element, **views}
+
+
+def test_all_masked_batch_gives_zero_losses(sharded, element):
+    def mask(views):
+        blank = lambda tree: {name: np.zeros_like(x) for name, x in tree.items()}  # noqa: E731
+        return views | dict(token_valid=blank(views["token_valid"]), cell_usable=blank(views["cell_usable"]))
+
+    state, metrics = sharded(sharded.state(), _changed(element, mask))
+    assert metrics["loss"] == 0
+    assert metrics["gradient_norm"] == 0
+    assert metrics["nonfinite_total"] == 0
+    assert all(np.isfinite(x).all() for x in _leaves(state).values())
+
+
+def test_masked_values_change_nothing(sharded, element, first):
+    """What lies in invalid tokens, absent dates and unlabelled cells must not reach the loss."""
+    rng = np.random.default_rng(0)
+    element = jax.tree.map(np.copy, element)
+    hidden = dict(element, present={**element["present"], "s1": np.zeros_like(element["present"]["s1"])})
+
+    def noise(views):
+        images = dict(views["images"])
+        images["s1"] = rng.normal(-12, 5, images["s1"].shape).astype(np.float16)
+        return views | dict(images=images)
+
+    _, plain = sharded(sharded.state(), hidden)
+    _, noisy = sharded(sharded.state(), _changed(hidden, noise))
+    for name, value in plain.items():
+        np.testing.assert_allclose(noisy[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert plain["loss"] != first[1]["loss"]  # s1 does matter where it is there
+
+
+def test_nonfinite_gradient_skips_the_update_and_counts(sharded, element):
+    def poison(views):
+        images = dict(views["images"])
+        images["s1"] = np.full_like(images["s1"], np.nan)
+        return views | dict(images=images)
+
+    start = sharded.state()
+    state, metrics = sharded(start, _changed(element, poison))
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (metrics["nonfinite_in_row"], metrics["nonfinite_total"]) == (1, 1)
+    for part in ("student", "teacher", "optimizer"):
+        before, after = _leaves(getattr(start, part)), _leaves(getattr(state, part))
+        for path, value in before.items():
+            np.testing.assert_array_equal(after[path], value)
+    assert state.step == 1
+    state, metrics = sharded(jax.device_put(state, jax.tree.map(lambda x: x.sharding, start)), element)
+    assert (metrics["nonfinite_in_row"], metrics["nonfinite_total"]) == (0, 1)
+
+
+def test_absent_modality_equals_one_that_was_never_there(element):
+    config = micro_config()
+    run = train.assemble(config)
+    batch = train.Batch.from_dict(jax.tree.map(jnp.asarray, element))
+    variables = jax.jit(lambda: run.teacher.init(jax.random.key(0), batch, train=False))()
+    params = sharding.unbox(variables["params"])
+    views = batch.global_views
+
+    def fused(images, present):
+        return run.teacher.apply(
+            {"params": params},
+            images,
+            views,
+            present=present,
+            day_of_year=batch.day_of_year,
+            train=False,
+            method="encode",
+        ).fused
+
+    images = {name: x.astype(jnp.float32) / 100 for name, x in views.images.items()}
+    absent = {**batch.present, "s1": jnp.zeros_like(batch.present["s1"])}
+    masked = jax.jit(fused)(images, absent)
+    never = jax.jit(fused)({"hr": images["hr"]}, absent)
+    with_it = jax.jit(fused)(images, batch.present)
+    np.testing.assert_allclose(masked, never, atol=1e-5)
+    assert float(jnp.abs(with_it - never).max()) > 1e-2
