@@ -1,0 +1,224 @@
+"""Runs of the micro config through the entry point's functions: exact resume, refusals, new sensors, bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from micro import micro_config
+
+from skysense_jax import checkpoint, metrics, modalities, train
+from skysense_jax.data.records import ShardWriter, encode_sample
+from skysense_jax.data.sample import Sample, Series
+
+
+class _Preempted(Exception):
+    """Stands in for a pre-emption between two steps."""
+
+
+def _train(config, workdir, monkeypatch, *, stop_after=None):
+    """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps."""
+    order, prefetch = [], train.prefetch
+
+    def watched(*args):
+        for i, (batch, element, state) in enumerate(prefetch(*args)):
+            if i == stop_after:
+                raise _Preempted
+            order.append(element["record"].tolist())
+            yield batch, element, state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prefetch", watched)
+        patch.setattr(train, "close_run", lambda *args: {})
+        try:
+            state = train.train(config, workdir)
+        except _Preempted:
+            return None, order
+    return jax.device_get(state), order
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Ten steps without a stop: workdir, state, data order."""
+    workdir = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return workdir, *_train(micro_config(), workdir, monkeypatch)
+
+
+def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, monkeypatch):
+    workdir, state, order = straight
+    stopped, before = _train(micro_config(), tmp_path, monkeypatch, stop_after=7)
+    assert stopped is None
+    resumed, after = _train(micro_config(), tmp_path, monkeypatch)
+    assert before[:5] + after == order  # steps 6 and 7 were lost with the process and come again
+    wanted, got = (dict(jax.tree_util.tree_leaves_with_path(s)) for s in (state, resumed))
+    assert wanted.keys() == got.keys()
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=jax.tree_util.keystr(path))
+    lines = [metrics.read_json_lines(w / metrics.FILE_NAME) for w in (workdir, tmp_path)]
+    losses = [[(line["step"], line["loss"]) for line in of_run] for of_run in lines]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, 11))
+
+
+def test_loss_falls_on_the_micro_run(straight):
+    lines = metrics.read_json_lines(straight[0] / metrics.FILE_NAME)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_teacher_alone_is_restored(straight):
+    workdir, state, _ = straight
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.teacher)
+    restored = checkpoint.restore_teacher(workdir, shapes)
+    assert restored.step == 10
+    for path, value in jax.tree_util.tree_leaves_with_path(state.teacher):
+        np.testing.assert_array_equal(dict(jax.tree_util.tree_leaves_with_path(restored.state))[path], value)
+
+
+def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
+    config = micro_config()
+    config.model.fusion.depth = 2
+    with pytest.raises(ValueError, match=r"config\.model\.fusion\.depth: 1 -> 2"):
+        _train(config, straight[0], monkeypatch)
+
+
+def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
+    config = micro_config()
+    config.mesh.update(data=3, fsdp=1)
+    with pytest.raises(ValueError, match=r"config\.mesh.*8"):
+        _train(config, tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_dataset_is_refused_by_its_glob(tmp_path, monkeypatch):
+    config = micro_config()
+    config.data.sources = ((str(tmp_path / "none-*.array_record"), 1.0),)
+    with pytest.raises(ValueError, match="none-"):
+        _train(config, tmp_path / "run", monkeypatch)
+
+
+RGBN = dict(
+    name="rgbn",
+    bands=("R", "G", "B", "N"),
+    dtype="uint8",
+    unit="8-bit digital number",
+    value_range=(0, 255),
+    typical_range=(2, 254),
+    wrong_unit_hint="16-bit numbers",
+    pixels_per_cell=16,
+    patch=4,
+    mean=(120.0,) * 4,
+    std=(60.0,) * 4,
+    statistics_source="made up for a test",
+    photometric="rgb",
+    codec="png",
+)
+
+
+def _rgbn_records(path, *, damaged=0):
+    """Eight samples of a sensor the table does not have, 1.5 m pixels resampled to 16 a cell, some unreadable."""
+    rows = modalities.select(("rgbn",), (RGBN,))
+    rng = np.random.default_rng(0)
+    with ShardWriter(path) as writer:
+        for i in range(8):
+            series = Series(
+                images=rng.integers(0, 256, (1, 128, 128, 4), np.uint8),
+                valid=np.ones((1, 128, 128), bool),
+                cloud=np.zeros((1, 128, 128), bool),
+                days=np.array([18000 + i], np.int32),
+                orbits=np.zeros(1, np.uint8),
+                native_gsd_m=1.5,
+            )
+            sample = Sample(id=f"rgbn-{i}", extent_cells=8, series={"rgbn": series})
+            payload = encode_sample(sample, rows)
+            writer.write(payload[: len(payload) // 2] if i < damaged else payload)
+
+
+def test_new_sensor_is_a_row_in_the_config_and_bad_records_are_named(tmp_path, monkeypatch, caplog):
+    _rgbn_records(tmp_path / "rgbn.array_record", damaged=2)
+    config = micro_config()
+    config.data.new_modalities = (RGBN,)
+    config.data.update(modalities=("rgbn",), sources=((str(tmp_path / "*.array_record"), 1.0),))
+    config.data.num_dates = dict(rgbn=1)
+    config.optim.num_steps, config.optim.warmup_steps = 2, 1
+    with caplog.at_level("WARNING"):
+        state, _ = _train(config, tmp_path / "run", monkeypatch)
+    assert {path for path in state.student["backbone"] if "rgbn" in path}
+    lines = metrics.read_json_lines(tmp_path / "run" / metrics.FILE_NAME)
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["loss/text_alignment"] == 0  # no labels in these records
+    assert lines[-1]["bad_records"] >= 4  # two of eight, seen twice
+    assert "rgbn.array_record" in caplog.text
+
+
+class _Pipeline:
+    def describe(self, index):
+        return f"record {index}"
+
+    def reason(self, index):
+        return "truncated"
+
+
+def _monitor(**fields):
+    config = micro_config()
+    config.run.update(fields)
+    return train._Monitor(config, _Pipeline(), metrics.Writers([]))
+
+
+def test_run_stops_above_the_share_of_bad_records():
+    monitor = _monitor(max_bad_record_share=0.02)
+    good, bad = ({"bad_record": np.array([value] + [-1] * 49)} for value in (-1, 7))
+    numbers = {"loss": np.float32(1), "nonfinite_in_row": np.float32(0)}
+    monitor.after_step(1, numbers, good)
+    monitor.after_step(2, numbers, bad)
+    monitor.after_step(3, numbers, good)  # 1 of 150: still allowed
+    with pytest.raises(RuntimeError, match=r"5 of 200 .*config\.run\.max_bad_record_share=0\.02"):
+        monitor.after_step(4, numbers, {"bad_record": np.array([6, 7, 8, 9] + [-1] * 46)})
+
+
+def test_run_stops_after_skipped_updates_in_a_row():
+    monitor = _monitor(max_nonfinite_in_row=3)
+    element = {"bad_record": np.array([-1])}
+    for step in (1, 2, 3):
+        monitor.after_step(step, {"loss": np.float32(np.nan), "nonfinite_in_row": np.float32(step)}, element)
+    with pytest.raises(RuntimeError, match=r"config\.run\.max_nonfinite_in_row=3"):
+        monitor.close()
+
+
+def test_dry_run_prints_config_sizes_cost_and_a_batch(capsys):
+    train.print_dry_run(micro_config())
+    text = capsys.readouterr().out
+    for wanted in (
+        "data.views.global_cells = 4",
+        "  backbone ",
+        "GFLOP per sample",
+        "state: ",
+        "GiB in fp32",
+        "hr: 8x2x1x128x128x3 uint8",
+    ):
+        assert wanted in text
+
+
+def test_wrong_batch_is_named_before_compilation():
+    config = micro_config()
+    run = train.assemble(config)
+    shapes = train.dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in train._BATCH_FIELDS})
+    element = next(iter(train.make_pipeline(config)))
+    element["global_views"]["images"]["s1"] = element["global_views"]["images"]["s1"][..., :1]
+    with pytest.raises(ValueError, match=r"s1.*got float16\(8, 2, 2, 4, 4, 1\); wanted float16\(8, 2, 2, 4, 4, 2\)"):
+        train.dry_run.check_element(element, shapes, num_processes=1)
+
+
+def test_close_run_writes_pictures_and_scores(straight, tmp_path):
+    workdir, state, _ = straight
+    config = micro_config()
+    config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8)
+    element = next(iter(train.make_pipeline(config)))
+    (tmp_path / metrics.FILE_NAME).write_text((workdir / metrics.FILE_NAME).read_text())
+    with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
+        scores = train.close_run(config, train.assemble(config), state.teacher, element, tmp_path)
+    assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
+        p.name for p in (tmp_path / "pictures").iterdir()
+    }
+    assert 0 <= scores["osm/miou"] <= 1
+    json.dumps(scores)
