@@ -124,7 +124,7 @@ def get_config() -> ConfigDict:
 
     config.eval = dict(  # the probe that closes a run; never feeds back into training
         num_train_scenes=48,
-        num_test_scenes=24,
+        num_test_scenes=24,  # 0: no probe
         first_index=1_000_000,  # held-out procedural scenes, far from those trained on
         batch_size=8,
     )

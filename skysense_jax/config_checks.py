@@ -155,6 +155,8 @@ _RULES: Mapping[str, _Rule] = {
     "optim.clip_norm": _POSITIVE,
     "optim.ema_momentum": _share(),
     "eval.first_index": _whole(0),
+    "eval.num_train_scenes": _whole(0),
+    "eval.num_test_scenes": _whole(0),
     "eval.*": _whole(1),
 }
 

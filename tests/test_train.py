@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro import micro_config
@@ -85,6 +86,7 @@ def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
 def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
     config = micro_config()
     config.mesh.update(data=3, fsdp=1)
+    config.data.batch_size = 24
     with pytest.raises(ValueError, match=r"config\.mesh.*8"):
         _train(config, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
@@ -151,7 +153,10 @@ def test_new_sensor_is_a_row_in_the_config_and_bad_records_are_named(tmp_path, m
     assert "rgbn.array_record" in caplog.text
 
 
-class _Pipeline:
+class _Pipeline(train.pipeline_lib.Pipeline):
+    def __init__(self):
+        pass
+
     def describe(self, index):
         return f"record {index}"
 
@@ -168,7 +173,7 @@ def _monitor(**fields):
 def test_run_stops_above_the_share_of_bad_records():
     monitor = _monitor(max_bad_record_share=0.02)
     good, bad = ({"bad_record": np.array([value] + [-1] * 49)} for value in (-1, 7))
-    numbers = {"loss": np.float32(1), "nonfinite_in_row": np.float32(0)}
+    numbers = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}
     monitor.after_step(1, numbers, good)
     monitor.after_step(2, numbers, bad)
     monitor.after_step(3, numbers, good)  # 1 of 150: still allowed
@@ -180,7 +185,7 @@ def test_run_stops_after_skipped_updates_in_a_row():
     monitor = _monitor(max_nonfinite_in_row=3)
     element = {"bad_record": np.array([-1])}
     for step in (1, 2, 3):
-        monitor.after_step(step, {"loss": np.float32(np.nan), "nonfinite_in_row": np.float32(step)}, element)
+        monitor.after_step(step, {"loss": jnp.float32(np.nan), "nonfinite_in_row": jnp.float32(step)}, element)
     with pytest.raises(RuntimeError, match=r"config\.run\.max_nonfinite_in_row=3"):
         monitor.close()
 
