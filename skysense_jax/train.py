@@ -277,51 +277,57 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             state, step_metrics = step_fn(state, batch)
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
+            if config.run.pictures_every_steps and step % config.run.pictures_every_steps == 0:
+                write_pictures(config, run, state.teacher, element, workdir)
         monitor.close()
         if start < config.optim.num_steps:
             checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
         checkpoints.wait()
 
         # ---- pictures and probe
-        scores = close_run(config, run, state.teacher, element or next(source), workdir)
+        write_pictures(config, run, state.teacher, element or next(source), workdir)
+        scores = probe(config, run, state.teacher)
         if jax.process_index() == 0 and scores:
             (workdir / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
             logging.info("linear probe of the teacher on held-out scenes: %s", scores)
     return state
 
 
-def close_run(
-    config: ConfigDict,
-    run: Run,
-    params: Any,
-    element: dict[str, Any],
-    workdir: pathlib.Path,
-) -> dict[str, float]:
-    """Scores of a linear probe on held-out procedural scenes, having written the pictures of a run.
-
-    ``params`` are the teacher's; ``element`` is any batch of this process. Every process calls it.
-    """
-    scenes = dict(seed=config.data.scenes.seed, extent_cells=config.data.scenes.extent_cells)
-    options = dict(
-        cells=config.data.views.global_cells, num_dates=dict(config.data.num_dates), batch_size=config.eval.batch_size
-    )
-    held_out = range(config.eval.first_index, config.eval.first_index + 3)
+def write_pictures(config: ConfigDict, run: Run, params: Any, element: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Writes WORKDIR/pictures anew. ``params``: the teacher's; ``element``: any host batch. Every process calls it."""
+    first = config.eval.first_index
     paths = pictures.write_all(
         workdir / "pictures",
         model=run.teacher,
         params=params,
         modalities=run.modalities,
-        samples=[render(i, complete=True, **scenes).sample for i in held_out],
+        samples=[render(i, complete=True, **_held_out(config)).sample for i in range(first, first + 3)],
         batch=Batch.from_dict(element),
         metrics_path=workdir / metrics.FILE_NAME,
-        **options,
+        **_encoding(config),
     )
     for path in paths:
         logging.info("picture: %s", path)
+
+
+def probe(config: ConfigDict, run: Run, params: Any) -> dict[str, float]:
+    """Scores of a linear probe of the teacher on held-out procedural scenes; empty if the config asks for none."""
     which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
     if not which["num_test_scenes"]:
         return {}
-    return probes.probe_scenes(run.teacher, params, run.modalities, **options, **scenes, **which)
+    return probes.probe_scenes(run.teacher, params, run.modalities, **_encoding(config), **_held_out(config), **which)
+
+
+def _held_out(config: ConfigDict) -> dict[str, int]:
+    return dict(seed=config.data.scenes.seed, extent_cells=config.data.scenes.extent_cells)
+
+
+def _encoding(config: ConfigDict) -> dict[str, Any]:
+    return dict(
+        cells=config.data.views.global_cells,
+        num_dates=dict(config.data.num_dates),
+        batch_size=config.eval.batch_size,
+    )
 
 
 def print_dry_run(config: ConfigDict) -> None:

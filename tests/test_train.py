@@ -30,7 +30,7 @@ def _train(config, workdir, monkeypatch, *, stop_after=None):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "prefetch", watched)
-        patch.setattr(train, "close_run", lambda *args: {})
+        patch.setattr(train, "write_pictures", lambda *args: None)
         try:
             state = train.train(config, workdir)
         except _Preempted:
@@ -214,14 +214,16 @@ def test_wrong_batch_is_named_before_compilation():
         train.dry_run.check_element(element, shapes, num_processes=1)
 
 
-def test_close_run_writes_pictures_and_scores(straight, tmp_path):
+def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
     workdir, state, _ = straight
     config = micro_config()
     config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8)
     element = next(iter(train.make_pipeline(config)))
     (tmp_path / metrics.FILE_NAME).write_text((workdir / metrics.FILE_NAME).read_text())
     with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
-        scores = train.close_run(config, train.assemble(config), state.teacher, element, tmp_path)
+        run = train.assemble(config)
+        train.write_pictures(config, run, state.teacher, element, tmp_path)
+        scores = train.probe(config, run, state.teacher)
     assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
         p.name for p in (tmp_path / "pictures").iterdir()
     }
