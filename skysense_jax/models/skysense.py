@@ -63,7 +63,7 @@ class SkySense(nn.Module):
     head: ProjectionHead  # the form of every projection head
 
     def setup(self):
-        self.heads = {name: self.head.clone(name=f"head_{name}") for name in HEADS}
+        self.heads = {name: self.head.clone() for name in HEADS}
 
     def encode(
         self,
@@ -108,15 +108,14 @@ class SkySense(nn.Module):
         return self.heads[name](x)
 
     def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
-        """Cell features in the text encoder's space, of unit length, and the learned log temperature's scale."""
+        """Cell features in the text encoder's space, of unit length, and one over the learned temperature."""
         return self.text(fused)
 
     def __call__(self, batch: Batch, *, train: bool) -> Features:
         """Features of the local views, having touched every parameter: what ``init`` traces."""
-        features = None
-        for views in (batch.local_views,):
-            images = {name: jnp.asarray(x, jnp.float32) for name, x in views.images.items()}
-            features = self.encode(images, views, present=batch.present, day_of_year=batch.day_of_year, train=train)
+        views = batch.local_views
+        images = {name: jnp.asarray(x, jnp.float32) for name, x in views.images.items()}
+        features = self.encode(images, views, present=batch.present, day_of_year=batch.day_of_year, train=train)
         for name in HEADS:
             x = (
                 features.fused
