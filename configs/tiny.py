@@ -25,12 +25,13 @@ def get_config() -> ConfigDict:
     config.model.fusion.update(width=128, depth=2, head_width=32, drop_path=0.0)
     config.model.queries.update(num_queries=16)
     config.model.heads.update(hidden_dim=128, bottleneck_dim=64, num_prototypes=256)
-    # A run of minutes on small batches: with 0.04 to 0.07 the teacher's targets drift to uniform (measured).
+    # A run of minutes on small batches. Measured: with temperatures of 0.04 to 0.07 the targets drift to uniform, with
+    # a learning rate of 2e-3 three components hold all variance of the features.
     config.objective.update(
-        teacher_temperature_start=0.025,
-        teacher_temperature=0.025,
+        teacher_temperature_start=0.03,
+        teacher_temperature=0.03,
         teacher_temperature_warmup_steps=0,
         prototype_freeze_steps=10,
     )
-    config.optim.update(num_steps=200, learning_rate=2e-3, warmup_steps=30, ema_momentum=0.99)
+    config.optim.update(num_steps=200, learning_rate=3e-4, warmup_steps=30, ema_momentum=0.99)
     return config

@@ -52,7 +52,7 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("optim.num_steps", 1.5, "an integer of 1 or more"),
     ("optim.num_steps", True, "an integer of 1 or more"),
     ("optim.warmup_steps", 201, "at most num_steps, 200"),
-    ("optim.final_learning_rate", 0.1, "at most learning_rate, 0.002"),
+    ("optim.final_learning_rate", 0.1, "at most learning_rate, 0.0003"),
     ("optim.beta2", 1.0, "from 0 to below 1"),
     ("run.tensorboard", 1, "True or False"),
     ("run.max_bad_record_share", 1.2, "from 0 to 1"),
