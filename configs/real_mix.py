@@ -1,9 +1,9 @@
-"""real_mix: `tiny` on a mix of small real samples. Source: our choice. Not run.
+"""real_mix: `tiny` on a mix of small real samples. Source: our choice.
 
 Command: python -m skysense_jax.ingest.samples --source=SAMPLES --out=runs/real_mix
          python -m skysense_jax.train --config=configs/real_mix.py --workdir=RUN
 Records elsewhere: --config=configs/real_mix.py:DIRECTORY
-Chips: 2 CPU cores. Places are 3 to 64 cells wide; views larger than a place are padded and masked.
+Run: 200 steps on 2 CPU cores (benchmarks/results.md). Places are 3 to 64 cells wide; views larger than a place are padded and masked.
 """
 
 from ml_collections import ConfigDict
