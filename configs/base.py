@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.name = "base"
 
     config.run = dict(
-        log_every_steps=20,  # metrics are fetched and written this often
+        log_every_steps=20,  # metrics are written this often
         checkpoint_every_steps=1000,
         keep_last=3,  # newest checkpoints kept
         keep_every_steps=20_000,  # and every multiple of this for ever
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.efficiency = dict(
         remat="blocks",  # "none", "blocks": recompute each block's inside in the backward pass
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        attention="xla",  # implementation of jax.nn.dot_product_attention: "xla" or "cudnn"
+        attention="xla",  # of global blocks and fusion: "xla" or "cudnn" (16-bit types on NVIDIA GPUs only)
     )
 
     config.data = dict(
@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
             router_z=0.001,  # ST-MoE router z-loss
             koleo=0.0,  # DINOv2's spread regulariser on image features; off
         ),
-        mgcl=dict(
+        mgcl=dict(  # the three weights are relative: divided by their sum; mean over modalities and fused [D]
             pixel_weight=1.0,
             object_weight=1.0,
             image_weight=1.0,

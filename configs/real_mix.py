@@ -3,7 +3,7 @@
 Command: python -m skysense_jax.ingest.samples --source=SAMPLES --out=runs/real_mix
          python -m skysense_jax.train --config=configs/real_mix.py --workdir=RUN
 Records elsewhere: --config=configs/real_mix.py:DIRECTORY
-Run: 200 steps on 2 CPU cores (benchmarks/results.md). Places are 3 to 64 cells wide; views larger than a place are padded and masked.
+Run: 200 steps on 2 CPU cores (benchmarks/results.md). Places are 3 to 64 cells wide; larger views are padded.
 """
 
 from ml_collections import ConfigDict

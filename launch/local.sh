@@ -2,6 +2,7 @@
 # The main job on the embedded default: pre-trains `tiny` on procedural scenes, probes it, writes pictures.
 # Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
 set -euo pipefail
+SETUP_ARGS=()
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 workdir=${WORKDIR:-runs/tiny}
 "$PYTHON" -m skysense_jax.train --config=configs/tiny.py --workdir="$workdir" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: a virtual environment in .venv with this package, then PYTHON points into it.
-# Uses $SKYSENSE_PYTHON (default python3) to make it; 3.11 or newer.
+# SETUP_ARGS, an array, goes to pip. Uses $SKYSENSE_PYTHON (default python3) to make it; 3.11 or newer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 base_python=${SKYSENSE_PYTHON:-python3}
@@ -10,5 +10,5 @@ base_python=${SKYSENSE_PYTHON:-python3}
 }
 [ -x .venv/bin/python ] || "$base_python" -m venv .venv
 PYTHON=$PWD/.venv/bin/python
-"$PYTHON" -m pip install --quiet --disable-pip-version-check --editable . "$@"
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --editable . ${SETUP_ARGS[@]+"${SETUP_ARGS[@]}"}
 export PYTHON JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}

@@ -69,8 +69,10 @@ def check_element(element: Mapping[str, Any], shapes: Batch, *, num_processes: i
             )
 
 
-def size_text(modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """Tokens and FLOPs of a sample, by formula."""
+def size_text(
+    modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any], teacher_local: bool
+) -> str:
+    """Tokens and FLOPs of a sample by formula; ``teacher_local``: whether the teacher sees local views (L_QSACL)."""
     views, num_dates = data["views"], data["num_dates"]
     costs = {
         kind: cost.view_cost(
@@ -89,7 +91,9 @@ def size_text(modalities: Sequence[Modality], *, data: Mapping[str, Any], model:
                 f"{view.tokens[m.name]} tokens, {view.image_flops[m.name] / 1e9:.3g} GFLOP each"
             )
         lines.append(f"  fusion per {kind} view: {view.fusion_flops / 1e9:.3g} GFLOP")
-    step = cost.step_flops(costs["global"], costs["local"], views=views, num_dates=num_dates, teacher_local=True)
+    step = cost.step_flops(
+        costs["global"], costs["local"], views=views, num_dates=num_dates, teacher_local=teacher_local
+    )
     lines.append(f"  a training step, student and teacher: {step / 1e9:.4g} GFLOP per sample")
     lines.append(
         f"  a training step, whole batch of {data['batch_size']}: {step * data['batch_size'] / 1e12:.4g} TFLOP"

@@ -288,7 +288,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         write_pictures(config, run, state.teacher, element or next(source), workdir)
         scores = probe(config, run, state.teacher)
         if jax.process_index() == 0 and scores:
-            (workdir / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+            (workdir / "probe.json").write_text(
+                json.dumps({k: v if np.isfinite(v) else None for k, v in scores.items()}, indent=2) + "\n"
+            )
             logging.info("linear probe of the teacher on held-out scenes: %s", scores)
     return state
 
@@ -338,7 +340,14 @@ def print_dry_run(config: ConfigDict) -> None:
     boxed = boxed_state(run.student, run.optimizer, shapes)
     print(config_lib.flat_text(config))
     print(dry_run.parameter_text(parameters.parameters_per_part(sharding.unbox(boxed.student))))
-    print(dry_run.size_text(run.modalities, data=config.data, model=config.model))
+    print(
+        dry_run.size_text(
+            run.modalities,
+            data=config.data,
+            model=config.model,
+            teacher_local=config.objective.weights.qsacl > 0,
+        )
+    )
     print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
     with contextlib.closing(iter(make_pipeline(config))) as source:
         element = next(source)
@@ -363,13 +372,15 @@ def main(argv: list[str]) -> None:
     try:
         if _DRY_RUN.value:
             print_dry_run(_CONFIG.value)
+        elif _WORKDIR.value is None:
+            raise ValueError("--workdir: got nothing; wanted the directory of the run")
         else:
             train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve())
-    except ValueError as error:  # a person's mistake: its message says what to change
-        logging.debug("", exc_info=True)
+    except ValueError as error:  # most often a person's mistake: its message says what to change, and comes last
+        logging.error("", exc_info=True)
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=config_lib.parse_flags)

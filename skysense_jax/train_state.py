@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from skysense_jax.batch import Batch
 from skysense_jax.models.skysense import SkySense
@@ -81,13 +80,3 @@ def create_state(
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
     shardings = state_shardings(boxed_state(model, optimizer, batch), mesh)
     return jax.jit(lambda: unbox(_init_boxed(model, optimizer, one, seed)), out_shardings=shardings)()
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a tree's leaf carries logical axes."""
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device."""
-    return NamedSharding(mesh, PartitionSpec())

@@ -293,7 +293,9 @@ def make_train_step(
         logged |= {
             "loss": loss,
             "gradient_norm": gradient_norm,
-            "learning_rate": schedules.learning_rate(state.step),
+            "learning_rate": schedules.learning_rate(
+                state.step - state.nonfinite_total
+            ),  # the optimizer counts updates
             "teacher_temperature": temperature,
             "ema_momentum": momentum,
             "nonfinite_in_row": new_state.nonfinite_in_row,

@@ -54,6 +54,12 @@ def first(sharded, element):
     return sharded(sharded.state(), element)
 
 
+def _moments(state):
+    """Adam's first moments by path."""
+    adam = next(part for part in state.optimizer if hasattr(part, "mu"))
+    return _leaves(adam.mu)
+
+
 def _leaves(tree):
     return dict(jax.tree_util.tree_leaves_with_path(jax.device_get(tree)))
 
@@ -67,10 +73,13 @@ def test_one_device_other_remat_and_unroll_equal_eight_devices(first, element):
     for name, value in first[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     # After one step from zero, Adam's first moment is the clipped gradient times 1 - beta1.
-    ours, theirs = _leaves(state.optimizer), _leaves(first[0].optimizer)
+    ours, theirs = _moments(state), _moments(first[0])
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
-        np.testing.assert_allclose(ours[path], value, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        largest = float(np.abs(value).max())
+        np.testing.assert_allclose(
+            ours[path], value, rtol=0, atol=1e-4 * largest + 1e-7, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def test_step_reports_every_term_and_updates_both_sides(first, sharded):
