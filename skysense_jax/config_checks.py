@@ -344,6 +344,11 @@ def _optim_problems(config: ConfigDict) -> Iterator[str]:
             f"config.optim.final_learning_rate: got {optim.final_learning_rate}; wanted at most learning_rate, "
             f"{optim.learning_rate}"
         )
+    if config.eval.num_test_scenes and not config.eval.num_train_scenes:
+        yield (
+            f"config.eval.num_train_scenes: got 0; wanted at least 1 with num_test_scenes "
+            f"{config.eval.num_test_scenes}, or both 0 for no probe"
+        )
 
 
 def _mesh_problems(config: ConfigDict, num_devices: int | None) -> Iterator[str]:

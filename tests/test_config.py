@@ -51,6 +51,7 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("optim.learning_rate", float("nan"), "a number above 0"),
     ("optim.num_steps", 1.5, "an integer of 1 or more"),
     ("optim.num_steps", True, "an integer of 1 or more"),
+    ("eval.num_train_scenes", 0, "at least 1 with num_test_scenes 24"),
     ("optim.warmup_steps", 201, "at most num_steps, 200"),
     ("optim.final_learning_rate", 0.1, "at most learning_rate, 0.0003"),
     ("optim.beta2", 1.0, "from 0 to below 1"),
