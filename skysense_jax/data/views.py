@@ -86,7 +86,7 @@ class MultiView:
                     f"config.data.views: {key} resize boxes of {shape.box_cells} cells to {shape.cells}; "
                     f"wanted no side changed by more than {_MAX_STRETCH}x"
                 )
-        self._fill = {m.name: _band_means(m) for m in self.modalities}
+        self._fill = {m.name: band_means(m) for m in self.modalities}
 
     def __call__(
         self, reader: SampleReader, rng: np.random.Generator, *, record: int = 0, bad_record: int = -1
@@ -167,7 +167,7 @@ def day_of_year(day: int) -> int:
     return int((date - date.astype("datetime64[Y]").astype("datetime64[D]")).astype(int)) + 1
 
 
-def _band_means(modality: Modality) -> np.ndarray:
+def band_means(modality: Modality) -> np.ndarray:
     """What pixels without data hold: the table's means, rounded to the modality's type."""
     means = np.asarray(modality.mean)
     return (means if np.dtype(modality.dtype).kind == "f" else np.rint(means)).astype(modality.dtype)

@@ -22,7 +22,7 @@ from skysense_jax import photometric
 from skysense_jax.batch import Views
 from skysense_jax.data import geometry
 from skysense_jax.data.sample import UNDATED, SampleReader
-from skysense_jax.data.views import day_of_year
+from skysense_jax.data.views import band_means, day_of_year
 from skysense_jax.modalities import Modality
 from skysense_jax.sharding import BATCH, LOGICAL_AXIS_RULES
 
@@ -84,7 +84,7 @@ def read_whole(
         name, count, pixels = modality.name, num_dates[modality.name], side * modality.pixels_per_cell
         days = sample.days(name)
         dates = spread_dates(len(days), count)
-        fill = _band_means(modality)
+        fill = band_means(modality)
         images = np.broadcast_to(fill, (count, pixels, pixels, modality.num_bands)).copy()
         seen, clear = np.zeros((2, count, pixels, pixels), bool)
         for t, date in enumerate(dates):
@@ -101,12 +101,6 @@ def read_whole(
         for t, date in enumerate(dates):
             whole.day_of_year[name][t] = 0 if days[date] == UNDATED else day_of_year(int(days[date]))
     return whole
-
-
-def _band_means(modality: Modality) -> np.ndarray:
-    """What pixels without data hold, as in data/views.py."""
-    means = np.asarray(modality.mean)
-    return (means if np.dtype(modality.dtype).kind == "f" else np.rint(means)).astype(modality.dtype)
 
 
 def _cut(whole: WholeSample, modalities: Sequence[Modality], row: int, column: int, cells: int) -> dict[str, Any]:
