@@ -321,9 +321,14 @@ def _restore_step(
 
 @contextlib.contextmanager
 def _any_error_is_damage() -> Iterator[None]:
-    """Whatever Orbax, tensorstore or JSON raise on files that are not what was written."""
+    """Whatever Orbax, tensorstore or JSON raise on files that are not what was written.
+
+    Not what says nothing of the files: memory that ran out, on the host or a device, and files one may not read.
+    """
     try:
         yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as error:
         raise _DamagedError(f"{type(error).__name__}: {error}".split("\n")[0][:500]) from error
 

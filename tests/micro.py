@@ -6,7 +6,8 @@ from configs import tiny
 
 
 def micro_config() -> ConfigDict:
-    """Four blocks of width 32 and up, 4-cell global and 2-cell local views, two of the modalities, batch 8."""
+    """Four blocks of width 32 and up, the last a mixture of two experts, drop path and KoLeo; 4-cell global and 2-cell
+    local views, two of the modalities, batch 8."""
     config = tiny.get_config()
     config.name = "micro"
     config.run.update(
@@ -22,10 +23,11 @@ def micro_config() -> ConfigDict:
         local_cells=2,
     )
     config.data.scenes.update(num_scenes=40, extent_cells=8)
-    config.model.backbone.update(depths=(1, 1, 1, 1), num_prompts=2)
-    config.model.fusion.update(width=32, depth=1)
+    config.model.backbone.update(depths=(1, 1, 1, 1), num_prompts=2, drop_path=0.2, num_moe_blocks=1, num_experts=2)
+    config.model.fusion.update(width=32, depth=1, drop_path=0.2)
     config.model.queries.update(num_queries=3)
     config.model.heads.update(hidden_dim=16, bottleneck_dim=8, num_prototypes=24)
+    config.objective.weights.koleo = 0.1
     config.objective.mgcl.update(num_positions=5, num_clusters=3, cluster_iterations=2)
     config.objective.prototype_freeze_steps = 2
     config.optim.update(num_steps=10, warmup_steps=2)

@@ -195,6 +195,22 @@ def test_restore_unreadable_newest_falls_back(tmp_path, errors, damage):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("error", [PermissionError, MemoryError, jax.errors.JaxRuntimeError])
+def test_restore_error_that_says_nothing_of_the_files_is_not_damage(tmp_path, errors, monkeypatch, error):
+    saved_run(tmp_path).close()
+    checkpoints = open_run(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error("not the files")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(error, match="not the files"):
+        checkpoints.restore_latest(placed(make_state(), (1, 1)))
+    assert checkpoints.steps() == [1, 2]
+    assert errors == []
+    checkpoints.close()
+
+
 def test_restore_all_damaged_is_an_error_that_names_each_and_moves_nothing(tmp_path, errors):
     saved_run(tmp_path).close()
     for step in (1, 2):

@@ -17,7 +17,12 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 
 @pytest.fixture
 def config():
-    return tiny.get_config()
+    """tiny, with views that the cases below are written for."""
+    config = tiny.get_config()
+    config.data.views.update(
+        anchor_cells=16, global_box_cells=(10, 15), global_cells=8, local_box_cells=(3, 7), local_cells=4
+    )
+    return config
 
 
 def set_field(config, field, value):

@@ -44,7 +44,7 @@ def element():
 @pytest.fixture(scope="module")
 def sharded():
     config = micro_config()
-    config.mesh.update(data=2, fsdp=4)
+    config.mesh.update(data=2, fsdp=2, expert=2)
     return Compiled(config, jax.devices())
 
 
@@ -85,12 +85,14 @@ def test_one_device_other_remat_and_unroll_equal_eight_devices(first, element):
 def test_step_reports_every_term_and_updates_both_sides(first, sharded):
     state, metrics = first
     config = sharded.config
-    total = sum(config.objective.weights[t] * metrics[f"loss/{t}"] for t in ("mgcl", "qsacl", "text_alignment"))
+    total = sum(weight * metrics[f"loss/{term}"] for term, weight in config.objective.weights.items())
     assert metrics["loss"] == pytest.approx(total, rel=1e-5)
     assert all(np.isfinite(value) for value in metrics.values())
     before, after, teacher = (_leaves(t) for t in (sharded.state().student, state.student, state.teacher))
     frozen = [path for path in before if "prototypes" in jax.tree_util.keystr(path)]
     assert len(frozen) == 7
+    assert sum(metrics[f"experts/load_block0_expert{e}"] for e in range(2)) == pytest.approx(1)
+    assert 0 <= metrics["experts/dropped"] < 1
     momentum = metrics["ema_momentum"]
     for path, old in before.items():
         new = after[path]
@@ -103,9 +105,11 @@ def test_step_reports_every_term_and_updates_both_sides(first, sharded):
 
 def test_parameters_lie_sharded_over_the_mesh(sharded):
     whole = sharded.state()
-    kernel = whole.student["backbone"]["stage4"]["mlp"]["hidden"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
-    assert whole.teacher["backbone"]["stage4"]["mlp"]["hidden"]["kernel"].sharding == kernel.sharding
+    dense = whole.student["backbone"]["stage3"]["mlp"]["hidden"]["kernel"]
+    experts = whole.student["backbone"]["stage4_experts"]["experts"]["hidden_kernel"]
+    assert dense.addressable_shards[0].data.size * 2 == dense.size
+    assert experts.addressable_shards[0].data.size * 4 == experts.size
+    assert whole.teacher["backbone"]["stage4_experts"]["experts"]["hidden_kernel"].sharding == experts.sharding
 
 
 def test_lowered_step_contains_sharding_constraints(sharded, element):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from skysense_jax.modalities import Modality
 from skysense_jax.models.attention import Rotation, rotation, token_offsets
-from skysense_jax.models.layers import KERNEL_INIT, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, partitioned
 from skysense_jax.models.merging import PatchMerging, merged_validity
 from skysense_jax.models.moe import RouterStats
 from skysense_jax.models.swin import SwinBlock
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
             keeping = [m.name for m in self.modalities if not m.merges_at[stage - 2]]
             separate = tuple(keeping) if self.merging == "separate" else ()
             setattr(self, f"merging_{stage}", PatchMerging(widths[stage - 2], separate, dtype))
-        init = partitioned(KERNEL_INIT, UNSHARDED, EMBED)
+        init = partitioned(VECTOR_INIT, UNSHARDED, EMBED)
         for stage in (3, 4):
             prompts = {
                 m.name: self.param(f"stage{stage}_{m.name}_prompts", init, (self.num_prompts, widths[stage - 1]))

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from skysense_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, partitioned
 from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.sharding import EMBED, LAYERS, UNSHARDED, constrain_batch
 
@@ -59,7 +59,7 @@ class Fusion(nn.Module):
         self._check_fields(features)
         dtype = self.compute_dtype
         project = Dense(self.width, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="project")
-        table = lambda name, shape: self.param(name, partitioned(KERNEL_INIT, *(UNSHARDED,) * len(shape)), shape)  # noqa: E731
+        table = lambda name, shape: self.param(name, partitioned(VECTOR_INIT, *(UNSHARDED,) * len(shape)), shape)  # noqa: E731
         days = table("day_embedding", (DAYS, self.width))
         kinds = table("modality_embedding", (len(self.modalities), self.width))
         class_token = table("class_token", (self.width,))

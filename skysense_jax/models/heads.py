@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from skysense_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, gelu, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, gelu, partitioned
 from skysense_jax.sharding import EMBED, MLP, PROTOTYPES, UNSHARDED
 
 _INITIAL_TEMPERATURE, _MAX_SCALE = 0.07, 100.0  # as CLIP (arXiv 2103.00020)
@@ -45,7 +45,7 @@ class ProjectionHead(nn.Module):
         x = Dense(self.hidden_dim, axes=(MLP, EMBED), compute_dtype=dtype, name="hidden2")(x)
         x = gelu(x)
         x = Dense(self.bottleneck_dim, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="bottleneck")(x)
-        init = partitioned(KERNEL_INIT, PROTOTYPES, UNSHARDED)
+        init = partitioned(VECTOR_INIT, PROTOTYPES, UNSHARDED)
         prototypes = self.param("prototypes", init, (self.num_prototypes, self.bottleneck_dim))
         return jnp.einsum("...d,zd->...z", unit(x), unit(prototypes))
 

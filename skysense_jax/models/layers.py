@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED
 
-KERNEL_INIT = nn.initializers.truncated_normal(0.02)  # as ViT and Swin
+# Of matrices: the scale follows their width, which a fixed deviation does only near the widths it was made for (0.02 is
+# that of an input of 2500). Measured on `tiny` with 0.02: each layer passes on a fifth of its input, GELUs stay linear.
+KERNEL_INIT = nn.initializers.xavier_uniform()
+VECTOR_INIT = nn.initializers.truncated_normal(0.02)  # of learned tokens, embeddings and prototypes, as ViT
 
 
 def partitioned(init: Callable, *axes: str) -> Callable:
@@ -42,16 +45,18 @@ class Dense(nn.Module):
     features: int
     axes: tuple[str, str] = (EMBED, UNSHARDED)
     use_bias: bool = True
+    kernel_init: Callable = KERNEL_INIT
+    bias_init: Callable = nn.initializers.zeros
     compute_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
         """``x`` times the kernel, plus the bias, in ``compute_dtype``."""
-        kernel = self.param("kernel", partitioned(KERNEL_INIT, *self.axes), (x.shape[-1], self.features))
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features))
         y = x.astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
         if self.use_bias:
             axis = UNSHARDED if self.axes[1] == EMBED else self.axes[1]
-            bias = self.param("bias", partitioned(nn.initializers.zeros, axis), (self.features,))
+            bias = self.param("bias", partitioned(self.bias_init, axis), (self.features,))
             y = y + bias.astype(self.compute_dtype)
         return y
 

@@ -123,10 +123,11 @@ class ExpertMlp(nn.Module):
 
     def _weights(self, width):
         num, hidden, zeros = self.num_experts, self.hidden_dim, nn.initializers.zeros
+        init = nn.initializers.xavier_uniform(batch_axis=0)  # each expert's as a dense MLP's
         weights = (
-            self.param("hidden_kernel", partitioned(KERNEL_INIT, EXPERT, EMBED, MLP), (num, width, hidden)),
+            self.param("hidden_kernel", partitioned(init, EXPERT, EMBED, MLP), (num, width, hidden)),
             self.param("hidden_bias", partitioned(zeros, EXPERT, MLP), (num, hidden)),
-            self.param("output_kernel", partitioned(KERNEL_INIT, EXPERT, MLP, EMBED), (num, hidden, width)),
+            self.param("output_kernel", partitioned(init, EXPERT, MLP, EMBED), (num, hidden, width)),
             self.param("output_bias", partitioned(zeros, EXPERT, UNSHARDED), (num, width)),
         )
         return tuple(weight.astype(self.compute_dtype) for weight in weights)

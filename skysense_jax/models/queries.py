@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.models.attention import SelfAttention, attend
-from skysense_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, Mlp, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, Mlp, partitioned
 from skysense_jax.sharding import EMBED, HEADS, UNSHARDED, constrain_batch
 
 
@@ -47,7 +47,7 @@ class QueryDecoder(nn.Module):
         norm = lambda name, x: LayerNorm(compute_dtype=dtype, name=name)(x)  # noqa: E731
         dense = lambda name, x, axes: Dense(self.width, axes=axes, compute_dtype=dtype, name=name)(x)  # noqa: E731
 
-        queries = self.param("queries", partitioned(KERNEL_INIT, UNSHARDED, UNSHARDED), (self.num_queries, self.width))
+        queries = self.param("queries", partitioned(VECTOR_INIT, UNSHARDED, UNSHARDED), (self.num_queries, self.width))
         x = queries.astype(dtype)[None, None]  # until they read a view they are the same for all
         y = SelfAttention(self.head_width, compute_dtype=dtype, name="attention")(
             norm("attention_norm", x), valid=jnp.ones(x.shape[:3], bool)

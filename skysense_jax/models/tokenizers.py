@@ -15,7 +15,7 @@ from skysense_jax.sharding import EMBED, UNSHARDED
 
 
 class Tokenizer(nn.Module):
-    """Non-overlapping patches, a linear layer, a layer norm.
+    """Non-overlapping patches, a linear layer, a layer norm; initial values are our choice.
 
     A patch is flattened row-major with the bands last, so the kernel's rows are (row, column, band).
     """
@@ -28,5 +28,12 @@ class Tokenizer(nn.Module):
     def __call__(self, images: Float[Array, "B I H W C"]) -> Float[Array, "B I P Q D"]:
         """One token a patch."""
         patches = rearrange(images, "B I (P h) (Q w) C -> B I P Q (h w C)", h=self.patch, w=self.patch)
-        dense = Dense(self.width, axes=(UNSHARDED, EMBED), compute_dtype=self.compute_dtype, name="projection")
+        dense = Dense(
+            self.width,
+            axes=(UNSHARDED, EMBED),
+            kernel_init=nn.initializers.lecun_normal(),  # normalised pixels and bias weigh the same
+            bias_init=nn.initializers.normal(1.0),  # without it the norm hides how bright a patch is
+            compute_dtype=self.compute_dtype,
+            name="projection",
+        )
         return LayerNorm(compute_dtype=self.compute_dtype, name="norm")(dense(patches))
