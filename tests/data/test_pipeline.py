@@ -224,7 +224,8 @@ def test_pipeline_takes_the_data_section_of_a_config(shards):
     data = importlib.import_module("configs.tiny").get_config().data
     data.sources = ((str(shards / "*.array_record"), 1.0),)
     batch = next(iter(make_pipeline(**data, input_threads=1, input_workers=0)))
-    assert batch["global_views"]["images"]["hr"].shape == (4, 2, 1, 256, 256, 3)
+    side = 32 * data.views.global_cells
+    assert batch["global_views"]["images"]["hr"].shape == (data.batch_size, data.views.num_global, 1, side, side, 3)
     assert not batch["present"]["hr"].any()
 
 
