@@ -13,6 +13,7 @@ from skysense_jax.models.fusion import Fusion
 
 RNG = np.random.default_rng(0)
 B, V, P, Q, D = 2, 2, 2, 3, 6
+WIDTH = 32  # a layer norm over few channels may meet a variance near zero, and there rounding counts
 NUM_DATES = {"hr": 1, "s2": 3, "s1": 2}
 FEATURES = {m: RNG.normal(size=(B, V, t, P, Q, D)).astype(np.float32) for m, t in NUM_DATES.items()}
 USABLE = {m: RNG.random((B, V, t, P, Q)) < 0.7 for m, t in NUM_DATES.items()}
@@ -20,7 +21,7 @@ for _mask in USABLE.values():
     _mask[0, 1, :, 1, 2] = False  # a cell that nobody sees
 DAYS = {m: RNG.integers(0, 367, (B, t)).astype(np.int32) for m, t in NUM_DATES.items()}
 INPUTS = (FEATURES, USABLE, DAYS)
-FUSION = Fusion(modalities=("hr", "s2", "s1"), width=8, depth=2, head_width=4, mlp_ratio=3)
+FUSION = Fusion(modalities=("hr", "s2", "s1"), width=WIDTH, depth=2, head_width=WIDTH // 2, mlp_ratio=3)
 apply = jax.jit(functools.partial(FUSION.apply, train=False))
 
 
@@ -33,7 +34,7 @@ def params():
 
 def torch_fusion(params, features):
     """Loops over samples, views and cells; a PyTorch encoder on each cell's usable tokens alone."""
-    params = jax.tree.map(lambda x: torch.tensor(np.asarray(x)), params)
+    params = jax.tree.map(lambda x: torch.tensor(np.asarray(x), dtype=torch.float64), params)
     layers = []
     for i in range(2):
         block = jax.tree.map(lambda x: x[i], params["blocks"])
@@ -53,10 +54,10 @@ def torch_fusion(params, features):
             "norm2.weight": block["mlp_norm"]["scale"],
             "norm2.bias": block["mlp_norm"]["bias"],
         }
-        layer = torch.nn.TransformerEncoderLayer(8, 2, 24, 0.0, "gelu", norm_first=True, batch_first=True)
-        layer.load_state_dict(state)
+        layer = torch.nn.TransformerEncoderLayer(WIDTH, 2, 3 * WIDTH, 0.0, "gelu", norm_first=True, batch_first=True)
+        layer.double().load_state_dict(state)
         layers.append(layer)
-    out = torch.zeros(B, V, P, Q, 8)
+    out = torch.zeros(B, V, P, Q, WIDTH, dtype=torch.float64)
     for b, v, p, q in np.ndindex(B, V, P, Q):
         tokens = [params["class_token"]]
         for kind, name in enumerate(("hr", "s2", "s1")):
@@ -69,22 +70,23 @@ def torch_fusion(params, features):
         for layer in layers:
             x = layer(x)
         norm = params["norm"]
-        out[b, v, p, q] = torch.nn.functional.layer_norm(x[0, 0], (8,), norm["scale"], norm["bias"])
+        out[b, v, p, q] = torch.nn.functional.layer_norm(x[0, 0], (WIDTH,), norm["scale"], norm["bias"])
     return out
 
 
 def test_fusion_equals_torch_cell_by_cell_in_value_and_gradient(params):
-    weight = RNG.normal(size=(B, V, P, Q, 8)).astype(np.float32)
-    inputs = {name: torch.tensor(x).requires_grad_() for name, x in FEATURES.items()}
+    weight = RNG.normal(size=(B, V, P, Q, WIDTH)).astype(np.float32)
+    inputs = {name: torch.tensor(x, dtype=torch.float64, requires_grad=True) for name, x in FEATURES.items()}
     wanted = torch_fusion(params, inputs)
     (wanted * torch.tensor(weight)).sum().backward()
     fused, usable = apply({"params": params}, *INPUTS)
-    np.testing.assert_allclose(fused, wanted.detach(), atol=2e-5)
+    np.testing.assert_allclose(fused, wanted.detach(), atol=1e-5)
     np.testing.assert_array_equal(usable, np.any([x.any(2) for x in USABLE.values()], axis=0))
     assert not usable[0, 1, 1, 2]
     loss = lambda *tree: (FUSION.apply({"params": params}, *tree, train=False)[0] * weight).sum()  # noqa: E731
     for name, grad in jax.jit(jax.grad(loss))(*INPUTS).items():
-        np.testing.assert_allclose(grad, inputs[name].grad, atol=2e-5)
+        want = inputs[name].grad
+        np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5 * want.abs().max())
 
 
 def test_fusion_absent_modality_is_a_masked_one(params):
@@ -92,7 +94,7 @@ def test_fusion_absent_modality_is_a_masked_one(params):
     with_mask = apply({"params": params}, FEATURES, masked, DAYS)
     subset = lambda tree: {name: tree[name] for name in ("s1", "hr")}  # noqa: E731
     without = apply({"params": params}, subset(FEATURES), subset(USABLE), subset(DAYS))
-    np.testing.assert_allclose(with_mask[0], without[0], atol=1e-6)
+    np.testing.assert_allclose(with_mask[0], without[0], atol=1e-5)
     np.testing.assert_array_equal(with_mask[1], without[1])
 
 
@@ -135,7 +137,7 @@ def test_fusion_huge_has_the_papers_number_of_parameters():
     ("module", "message"),
     [
         (FUSION.clone(modalities=("hr",)), r"config.data.modalities: got features of \['hr', 's1', 's2'\]; wanted"),
-        (FUSION.clone(head_width=5), r"config.model.fusion.head_width: got 5; wanted a divisor of width 8"),
+        (FUSION.clone(head_width=5), r"config.model.fusion.head_width: got 5; wanted a divisor of width 32"),
     ],
 )
 def test_fusion_wrong_fields_say_so(module, message):
