@@ -3,7 +3,8 @@
 Command: python -m skysense_jax.ingest.samples --source=SAMPLES --out=runs/real_mix
          python -m skysense_jax.train --config=configs/real_mix.py --workdir=RUN
 Records elsewhere: --config=configs/real_mix.py:DIRECTORY
-Run: 200 steps on 2 CPU cores (benchmarks/results.md). Places are 3 to 64 cells wide; larger views are padded.
+Run: 200 steps on 2 CPU cores, with what `tiny` was then (benchmarks/results.md); not run since.
+Places are 3 to 64 cells wide; larger views are padded.
 """
 
 from ml_collections import ConfigDict

@@ -12,5 +12,5 @@ base_python=${SKYSENSE_PYTHON:-python3}
 PYTHON=$PWD/.venv/bin/python
 "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable . ${SETUP_ARGS[@]+"${SETUP_ARGS[@]}"}
 export PYTHON JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
-# On a CPU a step's buffers are gigabytes: kept by glibc in huge pages, not given back and faulted in again each step.
+# On a CPU a step's buffers (hundreds of MiB) stay with glibc, in huge pages, and are not faulted in again each step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=67108864}

@@ -13,7 +13,7 @@ from skysense_jax.models.fusion import Fusion
 
 RNG = np.random.default_rng(0)
 B, V, P, Q, D = 2, 2, 2, 3, 6
-WIDTH = 32  # a layer norm over few channels may meet a variance near zero, and there rounding counts
+WIDTH = 16  # a layer norm over 8 channels met a variance near zero, where rounding counts
 NUM_DATES = {"hr": 1, "s2": 3, "s1": 2}
 FEATURES = {m: RNG.normal(size=(B, V, t, P, Q, D)).astype(np.float32) for m, t in NUM_DATES.items()}
 USABLE = {m: RNG.random((B, V, t, P, Q)) < 0.7 for m, t in NUM_DATES.items()}
@@ -85,8 +85,7 @@ def test_fusion_equals_torch_cell_by_cell_in_value_and_gradient(params):
     assert not usable[0, 1, 1, 2]
     loss = lambda *tree: (FUSION.apply({"params": params}, *tree, train=False)[0] * weight).sum()  # noqa: E731
     for name, grad in jax.jit(jax.grad(loss))(*INPUTS).items():
-        want = inputs[name].grad
-        np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5 * want.abs().max())
+        np.testing.assert_allclose(grad, inputs[name].grad, atol=1e-5)
 
 
 def test_fusion_absent_modality_is_a_masked_one(params):
@@ -94,7 +93,7 @@ def test_fusion_absent_modality_is_a_masked_one(params):
     with_mask = apply({"params": params}, FEATURES, masked, DAYS)
     subset = lambda tree: {name: tree[name] for name in ("s1", "hr")}  # noqa: E731
     without = apply({"params": params}, subset(FEATURES), subset(USABLE), subset(DAYS))
-    np.testing.assert_allclose(with_mask[0], without[0], atol=1e-5)
+    np.testing.assert_allclose(with_mask[0], without[0], atol=1e-6)
     np.testing.assert_array_equal(with_mask[1], without[1])
 
 
@@ -137,7 +136,7 @@ def test_fusion_huge_has_the_papers_number_of_parameters():
     ("module", "message"),
     [
         (FUSION.clone(modalities=("hr",)), r"config.data.modalities: got features of \['hr', 's1', 's2'\]; wanted"),
-        (FUSION.clone(head_width=5), r"config.model.fusion.head_width: got 5; wanted a divisor of width 32"),
+        (FUSION.clone(head_width=5), r"config.model.fusion.head_width: got 5; wanted a divisor of width 16"),
     ],
 )
 def test_fusion_wrong_fields_say_so(module, message):

@@ -23,7 +23,8 @@ def _config():
 def _randomise(module, seed, clamped=False):
     """Weights far from their initial values, so that norms, biases and logit scales count.
 
-    ``clamped``: one head's logit scale lies above the clamp. Its logits reach 100, where fp32 steps are 8e-6.
+    ``clamped``: one head's logit scale lies above the clamp. Its logits reach 100, where fp32 steps are 8e-6: on grids
+    larger than 4x4 the worst of many values comes within a few percent of 1e-5 or, on some processors, passes it.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,11 +84,11 @@ def _ours(params, x, probe, shifted):
 
 @pytest.mark.parametrize(
     ("grid", "shifted"),
-    [((16, 16), False), ((24, 16), True), ((13, 11), True), ((6, 6), True)],
+    [((16, 16), False), ((24, 16), True), ((13, 11), True), ((4, 4), True)],
     ids=["plain", "shifted", "padded_and_shifted", "below_window"],
 )
 def test_swin_block_equals_transformers_in_values_and_gradients(grid, shifted):
-    clamped = grid == (6, 6)
+    clamped = grid == (4, 4)
     shift = WINDOW // 2 if shifted else 0
     layer = _randomise(Swinv2Layer(_config(), WIDTH, grid, NUM_HEADS, shift_size=shift), sum(grid), clamped)
     rng = np.random.default_rng(0)
@@ -98,20 +99,19 @@ def test_swin_block_equals_transformers_in_values_and_gradients(grid, shifted):
     torch_x = torch.tensor(x.reshape(2, -1, WIDTH), dtype=torch.float64, requires_grad=True)
     wanted = layer.double()(torch_x, grid)[0]  # the oracle in double precision: what differs is our own rounding
     (wanted * torch.tensor(probe).reshape(wanted.shape)).sum().backward()
-    bound = 3e-5 if clamped else 1e-5  # a logit of 100 is rounded by 4e-6, which is its weight's relative error
-    np.testing.assert_allclose(y.reshape(wanted.shape), wanted.detach(), atol=bound)
-    np.testing.assert_allclose(x_gradient.reshape(wanted.shape), torch_x.grad, atol=bound)
+    np.testing.assert_allclose(y.reshape(wanted.shape), wanted.detach(), atol=1e-5)
+    np.testing.assert_allclose(x_gradient.reshape(wanted.shape), torch_x.grad, atol=1e-5)
     attention, torch_attention = params_gradient["attention"], layer.attention.self
     for name in ("query", "key"):
         got, want = attention[name]["kernel"].T, getattr(torch_attention, name).weight.grad
-        np.testing.assert_allclose(got, want, atol=bound * max(1, want.abs().max()))
+        np.testing.assert_allclose(got, want, atol=1e-5 * max(1, want.abs().max()))
     want = torch_attention.continuous_position_bias_mlp[0].weight.grad
     np.testing.assert_allclose(
-        attention["position_bias"]["hidden"]["kernel"].T, want, atol=bound * max(1, want.abs().max())
+        attention["position_bias"]["hidden"]["kernel"].T, want, atol=1e-5 * max(1, want.abs().max())
     )
     want = torch_attention.logit_scale.grad.reshape(-1)
     assert (want[0] == 0) == clamped
-    np.testing.assert_allclose(attention["logit_scale"], want, atol=bound * max(1, want.abs().max()))
+    np.testing.assert_allclose(attention["logit_scale"], want, atol=1e-5 * max(1, want.abs().max()))
 
 
 def test_swin_stage_with_merging_equals_transformers():
