@@ -9,11 +9,8 @@ Scenes, network and probe are those of the config; nothing is tuned here. Result
 """
 
 import argparse
-import concurrent.futures
-import functools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import platform
@@ -29,7 +26,6 @@ from ml_collections import ConfigDict
 from skysense_jax import checkpoint, dry_run, metrics, modalities, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
-from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.eval import probes
 from skysense_jax.models import skysense
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state
@@ -52,25 +48,14 @@ CALIBRATION_STEPS = 40
 _RESERVE = 0.9  # of the minutes: speed differs from run to run
 
 
-def _encode_scene(index: int, *, scene: dict, names: tuple[str, ...]) -> bytes:
-    sample = scenes.render(index, modalities=names, **scene).sample
-    return encode_sample(sample, modalities.select(names))
-
-
 def write_records(config: ConfigDict, out: pathlib.Path) -> pathlib.Path:
     """The file of all training scenes of the config, rendered once."""
-    path = out / "records" / f"{config_lib.fingerprint(config, ('data.scenes', 'data.modalities'))}.array_record"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = dict(config.data.scenes)
-    first, count = wanted.pop("first_index"), wanted.pop("num_scenes")
-    encode = functools.partial(_encode_scene, scene=wanted, names=tuple(config.data.modalities))
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool, ShardWriter(path) as writer:
-        for payload in pool.map(encode, range(first, first + count), chunksize=8):
-            writer.write(payload)
-    return path
+    directory = out / "records" / config_lib.fingerprint(config, ("data.scenes", "data.modalities"))
+    source = scenes.SceneSource(modalities=tuple(config.data.modalities), **config.data.scenes)
+    paths = sorted(directory.glob("*.array_record")) or scenes.write_records(
+        source, directory, scenes_per_shard=len(source), num_processes=os.cpu_count()
+    )
+    return paths[0]
 
 
 def train(

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# The main job on the embedded default: pre-trains `tiny` on procedural scenes, probes it, writes pictures.
+# The main job on the embedded default: writes procedural scenes as records, pre-trains `tiny` on them, probes it, writes
+# pictures. The scenes are those of configs/tiny.py, rendered once instead of at every draw.
 # Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-workdir=${WORKDIR:-runs/tiny}
-bash launch/run.sh -m skysense_jax.train --config=configs/tiny.py --workdir="$workdir" "$@"
+SETUP_ARGS=()
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+workdir=${WORKDIR:-runs/tiny} scenes=$PWD/runs/scenes
+ls "$scenes"/*.array_record >/dev/null 2>&1 ||
+  "$PYTHON" -m skysense_jax.data.scenes --out="$scenes" --num_scenes=512 --extent_cells=16
+"$PYTHON" -m skysense_jax.train --config=configs/tiny.py --workdir="$workdir" \
+  --config.data.sources="(('$scenes/*.array_record', 1.0),)" "$@"
 echo "Pictures: $workdir/pictures   Metrics: $workdir/metrics.jsonl   Again to go on, or remove $workdir to start anew."

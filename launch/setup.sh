@@ -14,6 +14,3 @@ PYTHON=$PWD/.venv/bin/python
 export PYTHON JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 # On a CPU a step's buffers (hundreds of MiB) stay with glibc, in huge pages, and are not faulted in again each step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=67108864}
-# XLA's threads share out each of a small step's thousands of operations and wait for one another: one does more than two
-# (benchmarks/results.md), and compiles the step in a quarter of the time.
-export PJRT_NPROC=${PJRT_NPROC:-1}

@@ -8,8 +8,12 @@ Write records:  python -m skysense_jax.data.scenes --out=DIR --num_scenes=64
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
+import functools
+import multiprocessing
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -184,18 +188,26 @@ class SceneSource:
         ).sample
 
 
-def write_records(source: SceneSource, directory: pathlib.Path, *, scenes_per_shard: int) -> list[pathlib.Path]:
+def write_records(
+    source: SceneSource, directory: pathlib.Path, *, scenes_per_shard: int, num_processes: int
+) -> list[pathlib.Path]:
     """The files written: all scenes of ``source`` as records, in order, ``scenes_per_shard`` a file."""
-    rows = select(source.modalities)
     directory.mkdir(parents=True, exist_ok=True)
     starts, paths = range(0, len(source), scenes_per_shard), []
-    for shard, start in enumerate(starts):
-        path = directory / f"scenes-{shard:05d}-of-{len(starts):05d}.array_record"
-        with records.ShardWriter(path) as writer:
-            for i in range(start, min(start + scenes_per_shard, len(source))):
-                writer.write(records.encode_sample(source[i], rows))
-        paths.append(path)
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=spawn) as pool:
+        for shard, start in enumerate(starts):
+            path = directory / f"scenes-{shard:05d}-of-{len(starts):05d}.array_record"
+            indices = range(start, min(start + scenes_per_shard, len(source)))
+            with records.ShardWriter(path) as writer:
+                for payload in pool.map(functools.partial(_encode, source), indices, chunksize=8):
+                    writer.write(payload)
+            paths.append(path)
     return paths
+
+
+def _encode(source: SceneSource, i: int) -> bytes:
+    return records.encode_sample(source[i], select(source.modalities))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,10 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modalities", nargs="+", default=list(MODALITIES), choices=MODALITIES)
     parser.add_argument("--complete", action="store_true", help="nothing missing: every modality, date and pixel")
     parser.add_argument("--scenes_per_shard", type=int, default=1024)
+    parser.add_argument("--num_processes", type=int, default=os.cpu_count())
     options = vars(parser.parse_args(arguments))
-    directory, scenes_per_shard = options.pop("out"), options.pop("scenes_per_shard")
+    directory = options.pop("out")
+    how = {name: options.pop(name) for name in ("scenes_per_shard", "num_processes")}
     source = SceneSource(**{**options, "modalities": tuple(options["modalities"])})
-    for path in write_records(source, directory, scenes_per_shard=scenes_per_shard):
+    for path in write_records(source, directory, **how):
         print(path)
 
 

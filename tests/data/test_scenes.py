@@ -343,6 +343,17 @@ def test_command_writes_records_that_read_back(tmp_path, capsys):
         np.testing.assert_array_equal(sample.series["s2"].images, scene.sample.series["s2"].images)
 
 
+def test_write_records_any_number_of_processes_writes_the_same_files(tmp_path):
+    source = scenes.SceneSource(num_scenes=11, first_index=7, extent_cells=8, modalities=("s2",))
+    alone, shared = (
+        scenes.write_records(source, tmp_path / str(n), scenes_per_shard=10, num_processes=n) for n in (1, 2)
+    )
+    assert [path.name for path in alone] == ["scenes-00000-of-00002.array_record", "scenes-00001-of-00002.array_record"]
+    assert [path.name for path in shared] == [path.name for path in alone]
+    for one, other in zip(alone, shared):
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_scenes_import_no_jax():
     code = "import sys, skysense_jax.data.scenes; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
