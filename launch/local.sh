@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the embedded default: writes procedural scenes as records, pre-trains `tiny` on them, probes it, writes
-# pictures. The scenes are those of configs/tiny.py, rendered once instead of at every draw.
+# pictures. The scenes are those of configs/tiny.py, rendered once instead of at every draw: --config.data.scenes does
+# nothing here, and runs/scenes is to be removed after a change of the generator.
 # Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
 set -euo pipefail
 SETUP_ARGS=()
