@@ -23,7 +23,7 @@ import simplejpeg  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from configs import base  # noqa: E402
-from skysense_jax import modalities  # noqa: E402
+from skysense_jax import cost, modalities  # noqa: E402
 from skysense_jax.data.codecs import JPEG_QUALITY  # noqa: E402
 from skysense_jax.data.pipeline import make_pipeline  # noqa: E402
 from skysense_jax.data.records import Record, ShardWriter, encode_sample  # noqa: E402
@@ -33,8 +33,11 @@ from skysense_jax.data.views import MultiView  # noqa: E402
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 60, "Samples timed per line.")
 _NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Worker processes of the end-to-end line.")
 _NUM_MEMORY = flags.DEFINE_integer("num_memory_samples", 10_000, "Small samples over which memory is watched.")
-# What the step of a base run on one H200 takes in a second: to be set from benchmarks/step.py or a run there.
-_ASKED = flags.DEFINE_float("asked_samples_per_s", None, "Samples a second that the accelerator asks for.")
+_ASKED = flags.DEFINE_float(
+    "asked_samples_per_s", None, "Samples a second that the accelerator asks for; left out: by formula, for an H200."
+)
+# Nominal dense bf16 rate of an H200, and the share of it that a step is taken to reach as long as none was measured.
+_H200_FLOPS, _UTILISATION = 989e12, 0.4
 
 _EXTENT = 64
 _STORED_DATES = dict(hr=1, s2=16, s1=8)
@@ -161,6 +164,20 @@ def memory(data: dict, folder: str, count: int) -> list[tuple[int, float]]:
     return seen
 
 
+def asked_by_formula() -> float:
+    """Samples a second that a step of the base config takes on one H200 at its assumed utilisation."""
+    config = base.get_config()
+    parts = {name: config.model[name] for name in ("backbone", "fusion", "queries")}
+    global_view, local_view = (
+        cost.view_cost(_ROWS, config.data.views[f"{kind}_cells"], num_dates=config.data.num_dates, **parts)
+        for kind in ("global", "local")
+    )
+    step = cost.step_flops(
+        global_view, local_view, views=config.data.views, num_dates=config.data.num_dates, teacher_local=True
+    )
+    return _UTILISATION * _H200_FLOPS / step
+
+
 def main(_) -> None:
     count = _NUM_SAMPLES.value
     data = base.get_config().data.to_dict()
@@ -194,8 +211,8 @@ def main(_) -> None:
         print(f"pipeline, 1 thread{pipeline_rate(data, count, threads=1, workers=0):16.1f} samples/s")
         rate = pipeline_rate(data, 2 * count, threads=1, workers=workers)
         print(f"pipeline, {workers} workers{rate:15.1f} samples/s ({os.cpu_count()} cores here)")
-        if _ASKED.value:
-            print(f"asked for{_ASKED.value:25.1f} samples/s: {_ASKED.value / per_core:.1f} cores")
+        asked = _ASKED.value or asked_by_formula()
+        print(f"asked for{asked:25.1f} samples/s: {asked / per_core:.1f} cores")
         print("\nsamples read   resident MiB")
         for read, mib in memory(data, folder, _NUM_MEMORY.value):
             print(f"{read:12d}{mib:15.1f}")

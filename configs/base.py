@@ -4,8 +4,9 @@ Sections are promises about results: ``run``, ``mesh`` and ``efficiency`` never 
 ``data``, ``model``, ``objective`` and ``optim`` may. A section is splatted into keyword arguments, so a key here is
 the name of an argument there. [P] published, [D] decided here where the papers are silent.
 
-base: Swin V2-B widths. Source: our choice. Command: python -m skysense_jax.train --config=configs/base.py
-Chips: meant for one H200 or more; not run.
+base: Swin V2-B widths. Source: our choice.
+Command: python -m skysense_jax.train --config=configs/base.py --workdir=RUN
+Chips: meant for one H200 or more; not run, step time not known.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,8 @@
-"""base_moe: base with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+"""base_moe: base with a mixture of 8 experts in the last blocks of the backbone. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/base_moe.py --workdir=RUN
+Chips: as base; not run.
+"""
 
 from ml_collections import ConfigDict
 

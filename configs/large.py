@@ -1,4 +1,8 @@
-"""large: width 192. Source and chips below. Command: python -m skysense_jax.train --config=configs/large.py"""
+"""large: width 192, Swin V2-L widths and, in stages 1 and 2, depths. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/large.py --workdir=RUN
+Chips: meant for a node of 8; not run, step time not known.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,8 @@
-"""large_moe: large with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+"""large_moe: large with a mixture of 8 experts in the last blocks of the backbone. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/large_moe.py --workdir=RUN
+Chips: as large; not run.
+"""
 
 from ml_collections import ConfigDict
 

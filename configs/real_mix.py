@@ -1,9 +1,10 @@
 """real_mix: `tiny` on a mix of small real samples. Source: our choice.
 
-Command: python -m skysense_jax.ingest.samples --source=SAMPLES --out=runs/real_mix
+Command: pip install --editable ".[ingest]"
+         python -m skysense_jax.ingest.samples --source=SAMPLES --out=runs/real_mix
          python -m skysense_jax.train --config=configs/real_mix.py --workdir=RUN
 Records elsewhere: --config=configs/real_mix.py:DIRECTORY
-Run: 200 steps on 2 CPU cores, with what `tiny` was then (benchmarks/results.md); not run since.
+Chips: 2 CPU cores; what was run: benchmarks/results.md.
 Places are 3 to 64 cells wide; larger views are padded.
 """
 

@@ -1,4 +1,8 @@
-"""small: width 96. Source and chips below. Command: python -m skysense_jax.train --config=configs/small.py"""
+"""small: width 96, Swin V2-T widths and, in stages 1 and 2, depths. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/small.py --workdir=RUN
+Chips: meant for one GPU; not run, step time not known.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,8 @@
-"""small_moe: small with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+"""small_moe: small with a mixture of 8 experts in the last blocks of the backbone. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/small_moe.py --workdir=RUN
+Chips: as small; not run.
+"""
 
 from ml_collections import ConfigDict
 

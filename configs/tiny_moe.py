@@ -1,4 +1,8 @@
-"""tiny_moe: tiny with a mixture of 8 experts in the last blocks of the backbone. Not run."""
+"""tiny_moe: tiny with a mixture of 8 experts in the last blocks of the backbone. Source: our choice.
+
+Command: python -m skysense_jax.train --config=configs/tiny_moe.py --workdir=RUN
+Chips: as tiny; not run.
+"""
 
 from ml_collections import ConfigDict
 

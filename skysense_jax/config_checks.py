@@ -311,6 +311,11 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.model.backbone.experts_per_token: got {backbone.experts_per_token}; wanted at most num_experts, "
             f"{backbone.num_experts}"
         )
+    if config.efficiency.attention == "cudnn" and config.model.compute_dtype != "bfloat16":
+        yield (
+            f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
+            "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
+        )
     if backbone.head_width % 4:
         yield (
             f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "

@@ -1,7 +1,7 @@
-"""What a config would run, without running it: shapes of a batch, parameters, FLOPs, memory, one real batch.
+"""What a config would run, without running it: shapes of a batch, parameters, FLOPs, memory, one real sample.
 
-Nothing is allocated on a device. The memory estimate holds what is exact (parameters, moments, teacher, batch); what
-activations take depends on the compiler and is left to an ahead-of-time compile.
+Nothing is allocated on a device. The memory estimate holds what is exact (parameters, moments, teacher, gradients,
+batch); what activations take depends on the compiler and is left to an ahead-of-time compile.
 """
 
 import math
@@ -111,15 +111,16 @@ def parameter_text(parts: Mapping[str, int]) -> str:
             *rows,
             f"  {'total':<28}{total:>16,}",
             f"state: {cost.state_bytes(total) / 2**30:.3g} GiB in fp32 over all devices (student, teacher, moments)",
+            f"gradients in a step: {cost.gradient_bytes(total) / 2**30:.3g} GiB; activations are not counted here",
         ]
     )
 
 
 def batch_text(element: Mapping[str, Any], modalities: Sequence[Modality]) -> str:
-    """What one host batch holds: bytes, and per modality the share of dates present and the range of its numbers."""
+    """What one sample holds: bytes, and per modality the share of dates present and the range of its numbers."""
     arrays = jax.tree.leaves(element)
     num_bytes = sum(array.nbytes for array in arrays)
-    lines = [f"one batch of this process: {num_bytes / 2**20:.1f} MiB in {len(arrays)} arrays, checked"]
+    lines = [f"one sample of this process: {num_bytes / 2**20:.1f} MiB in {len(arrays)} arrays, checked"]
     for m in modalities:
         images = element["global_views"]["images"][m.name]
         usable = element["global_views"]["cell_usable"][m.name]

@@ -81,8 +81,7 @@ class TensorBoard:
     def __init__(self, directory: pathlib.Path, *, resumed_step: int):
         from tensorboardX import SummaryWriter
 
-        purge = dict(purge_step=resumed_step + 1) if resumed_step else {}
-        self._writer = SummaryWriter(str(directory), **purge)
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
@@ -151,8 +150,8 @@ def open_writers(
 ) -> Writers:
     """The writers of this process: none but on process 0.
 
-    ``resumed_step``: the step the run goes on from; what was written of later steps is dropped. ``settings``: the
-    config's fields, for a service that shows them.
+    ``resumed_step``: the step the run goes on from (0: none was saved); what JSON lines and TensorBoard hold of later
+    steps is dropped. ``settings``: the config's fields, for a service that shows them.
 
     Raises:
       ValueError: Weights & Biases is asked for and not installed.

@@ -1,6 +1,7 @@
 """The one table of sensors: what a modality is, for tokenizers, normalisation, records, checks and exports.
 
-A further sensor is a row here, or a row in ``config.data.new_modalities``; no code reads a modality's name.
+A further sensor is a row here, or a row in ``config.data.new_modalities``. Input, network and losses read no
+modality's name; procedural scenes and converters do, which make particular ones.
 The label map (OpenStreetMap) stands beside the sensors: it is never an input of the network.
 Nothing here imports anything of the project.
 """
@@ -66,6 +67,7 @@ class Modality:
             raise ValueError(f"{where}: dtype {self.dtype!r}; wanted one of {DTYPES}")
         if self.photometric not in PHOTOMETRIC:
             raise ValueError(f"{where}: photometric {self.photometric!r}; wanted one of {PHOTOMETRIC}")
+        self._check_photometric(where)
         if min(self.std) <= 0:
             raise ValueError(f"{where}: std {self.std}; wanted values above 0")
         ratio = self.pixels_per_cell / self.patch
@@ -73,6 +75,26 @@ class Modality:
             raise ValueError(
                 f"{where}: {self.pixels_per_cell} pixels per cell with patch {self.patch}; wanted "
                 "pixels_per_cell = patch * 2**merges with 0 to 3 merges"
+            )
+
+    def _check_photometric(self, where: str) -> None:
+        """Each family's strengths are sizes in one unit (photometric.py)."""
+        low, high = self.value_range
+        fits = {
+            "rgb": self.dtype == "uint8" and self.num_bands >= 3,
+            "reflectance": low >= 0 and high >= 5000,
+            "backscatter": self.dtype.startswith("float") and low < 0,
+            "none": True,
+        }
+        wanted = {
+            "rgb": "dtype uint8 and 3 bands or more",
+            "reflectance": "a value_range of reflectance x 10000",
+            "backscatter": "floating point with the negative numbers of dB in value_range",
+        }
+        if not fits[self.photometric]:
+            raise ValueError(
+                f"{where}: photometric {self.photometric!r} with dtype {self.dtype}, {self.num_bands} bands and "
+                f"value_range {self.value_range}; wanted {wanted[self.photometric]}, or photometric='none'"
             )
 
     @property
@@ -100,10 +122,6 @@ class Modality:
             merges.append(token_cells < target)
             token_cells *= 2 if merges[-1] else 1
         return tuple(merges)
-
-    @property
-    def pixel_size_m(self) -> float:
-        return METRES_PER_CELL / self.pixels_per_cell
 
 
 _HR = Modality(

@@ -70,7 +70,7 @@ def _blur(
 
 
 def _rgb(key: jax.Array, x: Float[Array, "B V T H W C"], valid: Mask, strength: float) -> Float[Array, "B V T H W C"]:
-    """Colour jitter, grey, blur and solarise of 8-bit RGB; further bands take brightness and contrast only."""
+    """Colour jitter, grey, blur and solarise of 8-bit RGB; further bands keep out of hue, saturation and grey."""
     brightness, contrast, hue, saturation, grey, sigma, blur, solarise = _draws(key, x, 8)
     x = x / 255.0
     x = x * _between(brightness, 1 - 0.4 * strength, 1 + 0.4 * strength)

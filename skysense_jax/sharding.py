@@ -84,8 +84,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def unbox(tree: Any) -> Any:
     """The tree without flax's partitioning boxes; works on shapes, and outside a mesh."""
-    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf, tree, is_leaf=is_box)
+    return jax.tree.map(
+        lambda leaf: leaf.unbox(apply_constraint=False) if _is_box(leaf) else leaf, tree, is_leaf=_is_box
+    )
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -94,18 +95,32 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: a logical name without a rule.
     """
+    place = lambda leaf: NamedSharding(mesh, PartitionSpec(*(axes for axes, _ in _placed_axes(leaf, mesh))))  # noqa: E731
+    return jax.tree.map(place, boxed, is_leaf=_is_box)
+
+
+def undivided(boxed: Any, mesh: Mesh) -> list[str]:
+    """Paths of the leaves of which an axis is whole on every device, because its mesh axes do not divide it."""
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
+    return [
+        jax.tree_util.keystr(path) for path, leaf in leaves if not all(fits for _, fits in _placed_axes(leaf, mesh))
+    ]
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def _placed_axes(leaf: Any, mesh: Mesh) -> list[tuple[Any, bool]]:
+    """For each axis: the mesh axes it lies over (None: whole), and whether those of its rule divide it."""
     rules = {**dict(LOGICAL_AXIS_RULES), None: None}
-
-    def one(leaf):
-        names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
-        shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
-        spec = []
-        for size, name in zip(shape, names, strict=False):
-            if name not in rules:
-                raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(dict(LOGICAL_AXIS_RULES))}")
-            mesh_axes = rules[name]
-            num_shards = math.prod(mesh.shape[a] for a in np.atleast_1d(mesh_axes)) if mesh_axes else 1
-            spec.append(mesh_axes if size % num_shards == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
+    shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
+    placed = []
+    for size, name in zip(shape, names, strict=False):
+        if name not in rules:
+            raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(dict(LOGICAL_AXIS_RULES))}")
+        mesh_axes = rules[name]
+        fits = size % math.prod(mesh.shape[a] for a in np.atleast_1d(mesh_axes)) == 0 if mesh_axes else True
+        placed.append((mesh_axes if fits else None, fits))
+    return placed

@@ -35,7 +35,8 @@ from skysense_jax import (
 from skysense_jax import config as config_lib
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
-from skysense_jax.data.scenes import render
+from skysense_jax.data import scenes
+from skysense_jax.data.sample import SampleReader
 from skysense_jax.data.text import load_text_table
 from skysense_jax.eval import pictures, probes
 from skysense_jax.models import skysense
@@ -46,6 +47,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one validated batch, and stop.")
 
 
+_PICTURED = 3  # samples in a picture
 _BATCH_FIELDS = ("batch_size", "num_dates", "views")
 _RATE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "num_steps")
 
@@ -233,6 +235,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- start or resume
         boxed = boxed_state(run.student, run.optimizer, shapes)
+        whole = sharding.undivided(boxed.student, mesh)
+        if whole:
+            logging.warning(
+                "config.mesh %s does not divide %d of the %d parameter arrays, which so lie whole on every device; the "
+                "first is %s",
+                dict(mesh.shape),
+                len(whole),
+                len(jax.tree.leaves(sharding.unbox(boxed.student))),
+                whole[0],
+            )
         checkpoints = checkpoint.Checkpoints(
             workdir,
             every_steps=config.run.checkpoint_every_steps,
@@ -278,14 +290,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
             if config.run.pictures_every_steps and step % config.run.pictures_every_steps == 0:
-                write_pictures(config, run, state.teacher, element, workdir)
+                write_pictures(config, run, pipeline, state.teacher, element, workdir)
         monitor.close()
         if start < config.optim.num_steps:
             checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
         checkpoints.wait()
 
         # ---- pictures and probe
-        write_pictures(config, run, state.teacher, element or next(source), workdir)
+        write_pictures(config, run, pipeline, state.teacher, element or next(source), workdir)
         scores = probe(config, run, state.teacher)
         if jax.process_index() == 0 and scores:
             (workdir / "probe.json").write_text(
@@ -295,15 +307,24 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     return state
 
 
-def write_pictures(config: ConfigDict, run: Run, params: Any, element: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Writes WORKDIR/pictures anew. ``params``: the teacher's; ``element``: any host batch. Every process calls it."""
-    first = config.eval.first_index
+def write_pictures(
+    config: ConfigDict,
+    run: Run,
+    pipeline: pipeline_lib.Pipeline,
+    params: Any,
+    element: dict[str, Any],
+    workdir: pathlib.Path,
+) -> None:
+    """Writes WORKDIR/pictures anew. ``params``: the teacher's; ``element``: any host batch. Every process calls it.
+
+    Features and queries are shown on records of the run's own sources, or on held-out scenes if it trains on scenes.
+    """
     paths = pictures.write_all(
         workdir / "pictures",
         model=run.teacher,
         params=params,
         modalities=run.modalities,
-        samples=[render(i, complete=True, **_held_out(config)).sample for i in range(first, first + 3)],
+        samples=_picture_samples(config, run, pipeline),
         batch=Batch.from_dict(element),
         metrics_path=workdir / metrics.FILE_NAME,
         **_encoding(config),
@@ -312,10 +333,26 @@ def write_pictures(config: ConfigDict, run: Run, params: Any, element: dict[str,
         logging.info("picture: %s", path)
 
 
+def _picture_samples(config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline) -> list[SampleReader]:
+    """Held-out scenes of a run on scenes; of other runs the records with most modalities among some of each source."""
+    if any(name == pipeline_lib.SCENES for name, _ in config.data.sources):
+        names = tuple(row.name for row in run.modalities if row.name in scenes.MODALITIES)
+        indices = range(config.eval.first_index, config.eval.first_index + _PICTURED)
+        return [scenes.render(i, complete=True, modalities=names, **_held_out(config)).sample for i in indices]
+    found = pipeline.samples(3 * _PICTURED)
+    return sorted(found, key=lambda sample: -sum(len(sample.days(row.name)) > 0 for row in run.modalities))[:_PICTURED]
+
+
 def probe(config: ConfigDict, run: Run, params: Any) -> dict[str, float]:
-    """Scores of a linear probe of the teacher on held-out procedural scenes; empty if the config asks for none."""
+    """Scores of a linear probe of the teacher on held-out procedural scenes.
+
+    Empty if the config asks for none, or if scenes have none of its modalities.
+    """
     which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
     if not which["num_test_scenes"]:
+        return {}
+    if not {row.name for row in run.modalities} & set(scenes.MODALITIES):
+        logging.info("no linear probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
         return {}
     return probes.probe_scenes(run.teacher, params, run.modalities, **_encoding(config), **_held_out(config), **which)
 
@@ -333,7 +370,7 @@ def _encoding(config: ConfigDict) -> dict[str, Any]:
 
 
 def print_dry_run(config: ConfigDict) -> None:
-    """Prints the resolved config, parameters per part, tokens, FLOPs, memory and one validated batch."""
+    """Prints the resolved config, parameters per part, tokens, FLOPs, memory and one validated sample as a batch."""
     config_checks.validate(config, num_devices=jax.device_count())
     run = assemble(config)
     shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
@@ -349,8 +386,12 @@ def print_dry_run(config: ConfigDict) -> None:
         )
     )
     print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
-    with contextlib.closing(iter(make_pipeline(config))) as source:
+    # one sample a process, in this process: a whole batch, and one more per worker, may not fit a laptop
+    few = ConfigDict(config)
+    few.data.batch_size, few.run.input_workers, few.run.input_threads = jax.process_count(), 0, 1
+    with contextlib.closing(iter(make_pipeline(few))) as source:
         element = next(source)
+    shapes = dry_run.batch_shapes(run.modalities, **{k: few.data[k] for k in _BATCH_FIELDS})
     dry_run.check_element(element, shapes, num_processes=jax.process_count())
     print(dry_run.batch_text(element, run.modalities))
 

@@ -225,7 +225,8 @@ def student_terms(
 
     if weights["koleo"] > 0:
         fused = sets["global"][FUSED]
-        terms["koleo"] = koleo.koleo(_image_features(fused)[:, :, 0], fused.usable.any((2, 3)))
+        images = mgcl.mean_token(fused.features, fused.usable)[:, :, 0]
+        terms["koleo"] = koleo.koleo(images, fused.usable.any((2, 3)))
 
     if features["global"].router is not None:
         router = features["global"].router + features["local"].router
@@ -307,15 +308,10 @@ def make_train_step(
     return train_step
 
 
-def _image_features(tokens: mgcl.Tokens) -> Float[Array, "B V T D"]:
-    """Mean over usable tokens, zero where there is none."""
-    weight = tokens.usable[..., None].astype(jnp.float32)
-    return (tokens.features.astype(jnp.float32) * weight).sum(3) / jnp.maximum(weight.sum(3), 1.0)
-
-
 def _spread(tokens: mgcl.Tokens) -> Float[Array, ""]:
     """Standard deviation of unit image features over the batch, times sqrt(D): 0 collapsed, 1 isotropic."""
-    x, weight = unit(_image_features(tokens)), tokens.usable.any(3)[..., None].astype(jnp.float32)
+    x = unit(mgcl.mean_token(tokens.features, tokens.usable))
+    weight = tokens.usable.any(3)[..., None].astype(jnp.float32)
     count = jnp.maximum(weight.sum(), 1.0)
     mean = (x * weight).sum((0, 1, 2)) / count
     return jnp.sqrt(((jnp.square(x - mean) * weight).sum((0, 1, 2)) / count).sum())

@@ -42,7 +42,7 @@ def test_write_lands_in_json_lines_and_events(tmp_path):
     assert {**first, "time": 0} == {"step": 5, "time": 0, "loss": 1.5, "rate": 2.0}
     assert {**second, "time": 0} == {"step": 10, "time": 0, "loss": 0.5}
     assert 0 <= second["time"] - first["time"] < 60
-    assert events(tmp_path / "run") == ([(5, "loss", 1.5), (5, "rate", 2.0), (10, "loss", 0.5)], [])
+    assert events(tmp_path / "run") == ([(5, "loss", 1.5), (5, "rate", 2.0), (10, "loss", 0.5)], [1])
 
 
 def test_write_without_tensorboard_makes_no_events(tmp_path):

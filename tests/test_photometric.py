@@ -121,3 +121,18 @@ def test_rgb_stays_in_range_and_takes_a_fourth_band():
     assert changed.shape == images.shape
     assert float(changed.min()) >= -1e-4
     assert float(changed.max()) <= 255.001
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "wanted"),
+    [
+        ("hr", dict(dtype="uint16"), "uint8 and 3 bands"),
+        ("hr", dict(bands=("P",), mean=(0.0,), std=(1.0,)), "uint8 and 3 bands"),
+        ("s2", dict(dtype="float32", value_range=(0, 1)), "reflectance x 10000"),
+        ("s1", dict(value_range=(0, 10)), "negative numbers of dB"),
+    ],
+)
+def test_photometric_family_in_another_unit_is_refused(name, fields, wanted):
+    row = modalities.MODALITIES[name]
+    with pytest.raises(ValueError, match=rf"modality '{name}': photometric '{row.photometric}' .*wanted .*{wanted}"):
+        dataclasses.replace(row, **fields)

@@ -84,6 +84,8 @@ def test_tree_shardings_follow_names_and_keep_whole_what_does_not_divide():
         "bias": PartitionSpec(None),
         "counter": PartitionSpec(),
     }
+    assert sharding.undivided(boxed_shapes(), make_mesh(2, 2, 2, 1)) == ["['odd']"]
+    assert sharding.undivided(boxed_shapes(), make_mesh(8, 1, 1, 1)) == []
     plain = sharding.unbox(boxed_shapes())
     zeros = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), plain), out_shardings=shardings)()
     assert {name: x.addressable_shards[0].data.shape for name, x in zeros.items()} == {

@@ -17,7 +17,7 @@ class _Preempted(Exception):
     """Stands in for a pre-emption between two steps."""
 
 
-def _train(config, workdir, monkeypatch, *, stop_after=None):
+def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False):
     """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps."""
     order, prefetch = [], train.prefetch
 
@@ -30,7 +30,8 @@ def _train(config, workdir, monkeypatch, *, stop_after=None):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "prefetch", watched)
-        patch.setattr(train, "write_pictures", lambda *args: None)
+        if not pictures:
+            patch.setattr(train, "write_pictures", lambda *args: None)
         try:
             state = train.train(config, workdir)
         except _Preempted:
@@ -143,14 +144,19 @@ def test_new_sensor_is_a_row_in_the_config_and_bad_records_are_named(tmp_path, m
     config.data.update(modalities=("rgbn",), sources=((str(tmp_path / "*.array_record"), 1.0),))
     config.data.num_dates = dict(rgbn=1)
     config.optim.num_steps, config.optim.warmup_steps = 2, 1
+    config.eval.update(num_train_scenes=1, num_test_scenes=1)  # scenes lack this sensor: no probe, no error
     with caplog.at_level("WARNING"):
-        state, _ = _train(config, tmp_path / "run", monkeypatch)
+        state, _ = _train(config, tmp_path / "run", monkeypatch, pictures=True)
     assert {path for path in state.student["backbone"] if "rgbn" in path}
     lines = metrics.read_json_lines(tmp_path / "run" / metrics.FILE_NAME)
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert lines[-1]["loss/text_alignment"] == 0  # no labels in these records
     assert lines[-1]["bad_records"] >= 4  # two of eight, seen twice
     assert "rgbn.array_record" in caplog.text
+    assert not (tmp_path / "run" / "probe.json").exists()
+    assert (tmp_path / "run" / "pictures" / "features.png").exists()
+    shown = train._picture_samples(config, train.assemble(config), train.make_pipeline(config))
+    assert [sample.id for sample in shown] == ["rgbn-2", "rgbn-3", "rgbn-4"]  # the run's own; 0 and 1 are damaged
 
 
 class _Pipeline(train.pipeline_lib.Pipeline):
@@ -190,7 +196,7 @@ def test_run_stops_after_skipped_updates_in_a_row():
         monitor.close()
 
 
-def test_dry_run_prints_config_sizes_cost_and_a_batch(capsys):
+def test_dry_run_prints_config_sizes_cost_and_a_sample(capsys):
     train.print_dry_run(micro_config())
     text = capsys.readouterr().out
     for wanted in (
@@ -199,7 +205,7 @@ def test_dry_run_prints_config_sizes_cost_and_a_batch(capsys):
         "GFLOP per sample",
         "state: ",
         "GiB in fp32",
-        "hr: 8x2x1x128x128x3 uint8",
+        "hr: 1x2x1x128x128x3 uint8",
     ):
         assert wanted in text
 
@@ -218,11 +224,12 @@ def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
     workdir, state, _ = straight
     config = micro_config()
     config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8)
-    element = next(iter(train.make_pipeline(config)))
+    pipeline = train.make_pipeline(config)
+    element = next(iter(pipeline))
     (tmp_path / metrics.FILE_NAME).write_text((workdir / metrics.FILE_NAME).read_text())
     with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
         run = train.assemble(config)
-        train.write_pictures(config, run, state.teacher, element, tmp_path)
+        train.write_pictures(config, run, pipeline, state.teacher, element, tmp_path)
         scores = train.probe(config, run, state.teacher)
     assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
         p.name for p in (tmp_path / "pictures").iterdir()

@@ -135,21 +135,35 @@ def test_all_masked_batch_gives_zero_losses(sharded, element):
 
 
 def test_masked_values_change_nothing(sharded, element, first):
-    """What lies in invalid tokens, absent dates and unlabelled cells must not reach the loss."""
+    """What lies in invalid tokens and in absent dates, days included, must not reach the loss."""
     rng = np.random.default_rng(0)
     element = jax.tree.map(np.copy, element)
-    hidden = dict(element, present={**element["present"], "s1": np.zeros_like(element["present"]["s1"])})
+    for name, present in element["present"].items():
+        present[::2, -1] = False  # s1 has a date left, hr none
+        for views in (element["global_views"], element["local_views"]):
+            tokens = views["token_valid"][name].shape[-1] // views["cell_usable"][name].shape[-1]
+            views["token_valid"][name][:, ::2, :, :tokens] = False  # the first row of cells of every other view
+            views["cell_usable"][name][:, ::2, :, :1] = False
 
     def noise(views):
-        images = dict(views["images"])
-        images["s1"] = rng.normal(-12, 5, images["s1"].shape).astype(np.float16)
+        images = {}
+        for name, image in views["images"].items():
+            shown = views["token_valid"][name] & element["present"][name][:, None, :, None, None]
+            patch = image.shape[3] // shown.shape[3]
+            shown = shown.repeat(patch, axis=3).repeat(patch, axis=4)[..., None]
+            rubbish = rng.integers(0, 256, image.shape) if name == "hr" else rng.normal(-12, 5, image.shape)
+            images[name] = np.where(shown, image, rubbish.astype(image.dtype))
         return views | dict(images=images)
 
-    _, plain = sharded(sharded.state(), hidden)
-    _, noisy = sharded(sharded.state(), _changed(hidden, noise))
+    days = {
+        name: np.where(element["present"][name], day, rng.integers(1, 366, day.shape, np.int32))
+        for name, day in element["day_of_year"].items()
+    }
+    _, plain = sharded(sharded.state(), element)
+    _, noisy = sharded(sharded.state(), _changed(element, noise) | dict(day_of_year=days))
     for name, value in plain.items():
         np.testing.assert_allclose(noisy[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
-    assert plain["loss"] != first[1]["loss"]  # s1 does matter where it is there
+    assert plain["loss"] != first[1]["loss"]  # what was hidden does matter where it is there
 
 
 def test_nonfinite_gradient_skips_the_update_and_counts(sharded, element):

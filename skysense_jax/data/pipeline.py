@@ -6,6 +6,7 @@ is one number, and restores exactly under another number of processes or workers
 nothing here may import jax. Read before it: views.py (one element), records.py and scenes.py (the sources).
 """
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from absl import flags
 
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import Record, RecordSource
+from skysense_jax.data.sample import SampleReader
 from skysense_jax.data.scenes import MODALITIES as SCENE_MODALITIES
 from skysense_jax.data.scenes import SceneSource
 from skysense_jax.data.views import MultiView
@@ -36,7 +38,7 @@ class Mix:
       scenes: arguments of ``SceneSource``, read only if "scenes" is among the sources.
 
     Raises:
-      ValueError: no sources, a share that is not above 0, or an empty dataset.
+      ValueError: no sources, a share that is not above 0, an empty dataset, or scenes without a modality they have.
     """
 
     def __init__(
@@ -53,6 +55,11 @@ class Mix:
         self.names = tuple(name for name, _ in sources)
         self.shares = tuple(float(share) for _, share in sources)
         rendered = tuple(row.name for row in modalities if row.name in SCENE_MODALITIES)
+        if SCENES in self.names and not rendered:
+            raise ValueError(
+                f"config.data.sources: got {SCENES!r} with config.data.modalities {tuple(m.name for m in modalities)}; "
+                f"wanted one or more of {SCENE_MODALITIES} among these, or records instead"
+            )
         self._readers = [
             SceneSource(**scenes, modalities=rendered) if name == SCENES else RecordSource(name, modalities)
             for name in self.names
@@ -239,6 +246,18 @@ class Pipeline:
 
     def __iter__(self) -> PipelineIterator:
         return PipelineIterator(self._elements, **self._reading)
+
+    def samples(self, count: int) -> list[SampleReader]:
+        """``count`` records read whole, from each source in turn its next; fewer if too many are unreadable."""
+        sources = [self._mix.range_of(source) for source in range(len(self._mix.names))]
+        found = []
+        for turn in range(count + MAX_TRIES):
+            for indices in sources:
+                if turn < len(indices) and len(found) < count:
+                    with contextlib.suppress(RecordError):
+                        reader = self._mix[indices[turn]]
+                        found.append(reader.decode() if isinstance(reader, Record) else reader)
+        return found
 
     def describe(self, index: int) -> str:
         """Which file and record, or scene, ``record`` or ``bad_record`` number ``index`` is."""

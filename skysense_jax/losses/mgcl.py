@@ -125,7 +125,7 @@ def teacher_rows(
         valid["object"] = pairs["object"]
     if "image" in granularities:
         seen = teacher.usable.any(3)  # B U T
-        rows["image"], valid["image"] = [_mean_token(features, teacher.usable)], [seen]
+        rows["image"], valid["image"] = [mean_token(features, teacher.usable)], [seen]
         pairs["image"] = tuple(
             m.paired[:, :, None] & usable.any(3)[:, :, None] & seen[:, None]
             for m, usable in zip(matches, student_usable)
@@ -177,7 +177,7 @@ def student_terms(
                 for a, x in zip(targets.assignment, groups)
             ]
         else:
-            rows[name] = [_mean_token(x, s.usable) for x, s in zip(groups, students)]
+            rows[name] = [mean_token(x, s.usable) for x, s in zip(groups, students)]
     return {
         name: cross_entropy(
             project(name, _in_line(x)), targets.probs[name], targets.weight[name], temperature=temperature
@@ -214,7 +214,7 @@ def cluster(
     """
     shape = usable.shape
     features, usable = rearrange(features, "B U T N D -> (B U T) N D"), rearrange(usable, "B U T N -> (B U T) N")
-    mean = _mean_token(features, usable)
+    mean = mean_token(features, usable)
     x = unit(jnp.where(usable[..., None], features - mean[:, None], 0.0))
     rank = jnp.cumsum(usable, axis=1) - 1
     seeds = ((jnp.arange(num_clusters) + 0.5) / num_clusters * usable.sum(1, keepdims=True)).astype(jnp.int32)
@@ -243,9 +243,10 @@ def _at_drawn(x, drawn, *, axis):
     return jax.vmap(lambda x, drawn: jnp.take(x, drawn, axis=axis - 1), in_axes=(1, 0), out_axes=1)(x, drawn)
 
 
-def _mean_token(features, usable):
-    """[... D], mean over the usable ones of [... N D], whose unusable ones are zero."""
-    return safe_divide(features.sum(-2), usable.sum(-1).astype(jnp.float32)[..., None])
+def mean_token(features: Float[Array, "*images N D"], usable: Bool[Array, "*images N"]) -> Float[Array, "*images D"]:
+    """Mean over the usable tokens, fp32; zero where there is none."""
+    total = jnp.where(usable[..., None], features.astype(jnp.float32), 0.0).sum(-2)
+    return safe_divide(total, usable.sum(-1).astype(jnp.float32)[..., None])
 
 
 def _in_line(groups, *, row_axes=1):

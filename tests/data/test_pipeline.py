@@ -1,6 +1,7 @@
 """The pipeline: what a batch holds depends on sources, shares, seed and batch size, and on nothing else."""
 
 import collections
+import dataclasses
 import importlib
 import itertools
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from random_samples import ROWS, make_sample
 
-from skysense_jax.data.pipeline import make_pipeline
+from skysense_jax.data.pipeline import Mix, make_pipeline
 from skysense_jax.data.records import ShardWriter, encode_sample
 
 SOURCES = (5, 7, 9)  # records per shard
@@ -214,6 +215,8 @@ def test_pipeline_arguments_that_make_no_sense_are_refused(shards):
         build(shards, sources=(("none.array_record", 1.0),))
     with pytest.raises(ValueError, match=r"config\.data\.sources: got .*share above 0"):
         build(shards, sources=(("*", 0.0),))
+    with pytest.raises(ValueError, match=r"config\.data\.sources: got 'scenes' .*\('pan',\); wanted .*'s1'"):
+        Mix(sources=(("scenes", 1.0),), modalities=[dataclasses.replace(ROWS[0], name="pan")], scenes={})
     with pytest.raises(ValueError, match=r"config\.data\.batch_size: got 5; wanted a multiple of the 2 processes"):
         build(shards, batch_size=5, process_count=2)
     with pytest.raises(ValueError, match=r"config\.data\.num_dates: .* modality 's1'"):

@@ -68,6 +68,16 @@ def test_record_jpeg_of_smooth_imagery_is_above_35_db():
     assert mse > 0  # or this is no test of jpeg
 
 
+def test_record_jpeg_that_rings_out_of_the_range_is_clipped_not_refused():
+    rows = [dataclasses.replace(row, value_range=(20, 235)) if row.name == "hr" else row for row in ROWS]
+    edges = np.random.default_rng(0).choice(np.array([20, 235], np.uint8), (1, 288, 288, 3))
+    sample = with_series(make_sample(extent_cells=9, dates=dict(hr=1)), "hr", images=edges)
+    payload = encode_sample(sample, rows)
+    assert Record(payload, ROWS).decode().series["hr"].images.min() < 20  # what the codec makes of it
+    images = Record(payload, rows).decode().series["hr"].images
+    assert (images.min(), images.max()) == (20, 235)
+
+
 @pytest.mark.parametrize(("bands", "codec"), [(1, "png"), (4, "png"), (5, "zstd")])
 def test_record_other_band_counts_return_the_pixels(bands, codec):
     row = modalities.Modality(

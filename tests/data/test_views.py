@@ -356,9 +356,6 @@ def test_views_decode_every_date_once():
 BAD_ARGUMENTS = {
     "dates": (dict(num_dates=dict(hr=1, s2=3)), "config.data.num_dates: .* for modality 's1'"),
     "no dates": (dict(num_dates=dict(hr=1, s2=3, s1=0)), "config.data.num_dates: .* for modality 's1'"),
-    "large box": (dict(global_box_cells=(6, 10)), "config.data.views: global_views .* within the anchor of 9"),
-    "order": (dict(local_box_cells=(5, 3)), "config.data.views: local_views have boxes of"),
-    "stretch": (dict(local_box_cells=(1, 5)), "local_views resize boxes of .* to 4; wanted no side .* more than 2.0x"),
 }
 
 

@@ -101,31 +101,57 @@ def test_swin_block_equals_transformers_in_values_and_gradients(grid, shifted):
     (wanted * torch.tensor(probe).reshape(wanted.shape)).sum().backward()
     np.testing.assert_allclose(y.reshape(wanted.shape), wanted.detach(), atol=1e-5)
     np.testing.assert_allclose(x_gradient.reshape(wanted.shape), torch_x.grad, atol=1e-5)
-    attention, torch_attention = params_gradient["attention"], layer.attention.self
-    for name in ("query", "key"):
-        got, want = attention[name]["kernel"].T, getattr(torch_attention, name).weight.grad
-        np.testing.assert_allclose(got, want, atol=1e-5 * max(1, want.abs().max()))
-    want = torch_attention.continuous_position_bias_mlp[0].weight.grad
-    np.testing.assert_allclose(
-        attention["position_bias"]["hidden"]["kernel"].T, want, atol=1e-5 * max(1, want.abs().max())
-    )
-    want = torch_attention.logit_scale.grad.reshape(-1)
-    assert (want[0] == 0) == clamped
-    np.testing.assert_allclose(attention["logit_scale"], want, atol=1e-5 * max(1, want.abs().max()))
+    wanted_gradient = _block_params(_gradients(layer))
+    assert (wanted_gradient["attention"]["logit_scale"][0] == 0) == clamped
+    _assert_close(params_gradient, wanted_gradient)
 
 
-def test_swin_stage_with_merging_equals_transformers():
+def _gradients(module):
+    """The module with the gradients in place of its weights."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.grad)
+    return module
+
+
+def _assert_close(got, wanted):
+    """Every leaf to 1e-5 of its largest value, or of 1."""
+    got, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (got, wanted))
+    assert got.keys() == wanted.keys()
+    for path, want in wanted.items():
+        tolerance = 1e-5 * max(1.0, float(jnp.abs(want).max()))
+        np.testing.assert_allclose(got[path], want, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def test_swin_stage_with_merging_equals_transformers_in_values_and_gradients():
     grid = (13, 11)
     stage = _randomise(Swinv2Stage(_config(), WIDTH, grid, 2, NUM_HEADS, [0.0, 0.0], Swinv2PatchMerging), seed=3)
-    x = np.random.default_rng(1).normal(size=(2, *grid, WIDTH)).astype(np.float32)
-    wanted = stage(torch.tensor(x.reshape(2, -1, WIDTH)), grid)[0].detach()
-    tokens = jnp.asarray(x)
-    for i, layer in enumerate(stage.blocks):
-        tokens, _ = _ours(_block_params(layer), tokens, jnp.zeros_like(tokens), bool(i % 2))
-    params = {"kernel": _array(stage.downsample.reduction.weight).T, "norm": _norm(stage.downsample.norm)}
-    merged = PatchMerging(WIDTH).apply({"params": params}, tokens[:, None])[:, 0]
-    assert merged.shape == (2, 7, 6, 2 * WIDTH)
-    np.testing.assert_allclose(merged.reshape(wanted.shape), wanted, atol=1e-5)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, *grid, WIDTH)).astype(np.float32)
+    probe = rng.normal(size=(2, 7, 6, 2 * WIDTH)).astype(np.float32) / 10
+
+    def stage_params(stage):
+        merging = {"kernel": _array(stage.downsample.reduction.weight).T, "norm": _norm(stage.downsample.norm)}
+        return {"blocks": [_block_params(layer) for layer in stage.blocks], "merging": merging}
+
+    @jax.jit
+    def ours(params, x):
+        tokens = x[:, None]
+        for i, block_params in enumerate(params["blocks"]):
+            block = SwinBlock(head_width=WIDTH // NUM_HEADS, window=WINDOW, shifted=bool(i % 2))
+            tokens = block.apply({"params": block_params}, tokens, valid=jnp.ones(tokens.shape[:-1], bool))
+        return PatchMerging(WIDTH).apply({"params": params["merging"]}, tokens)[:, 0]
+
+    merged, pull = jax.vjp(ours, stage_params(stage), jnp.asarray(x))
+    params_gradient, x_gradient = pull(jnp.asarray(probe))
+
+    torch_x = torch.tensor(x.reshape(2, -1, WIDTH), dtype=torch.float64, requires_grad=True)
+    wanted = stage.double()(torch_x, grid)[0]
+    (wanted * torch.tensor(probe).reshape(wanted.shape)).sum().backward()
+    assert merged.shape == probe.shape
+    np.testing.assert_allclose(merged.reshape(wanted.shape), wanted.detach(), atol=1e-5)
+    np.testing.assert_allclose(x_gradient.reshape(torch_x.shape), torch_x.grad, atol=1e-5)
+    _assert_close(params_gradient, stage_params(_gradients(stage)))
 
 
 def test_swin_block_masked_tokens_change_nothing_and_all_masked_is_finite():
