@@ -235,16 +235,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- start or resume
         boxed = boxed_state(run.student, run.optimizer, shapes)
-        whole = sharding.undivided(boxed.student, mesh)
-        if whole:
-            logging.warning(
-                "config.mesh %s does not divide %d of the %d parameter arrays, which so lie whole on every device; the "
-                "first is %s",
-                dict(mesh.shape),
-                len(whole),
-                len(jax.tree.leaves(sharding.unbox(boxed.student))),
-                whole[0],
-            )
+        for path in sharding.undivided(boxed.student, mesh):
+            logging.warning("config.mesh does not divide parameter %s: whole on every device", path)
         checkpoints = checkpoint.Checkpoints(
             workdir,
             every_steps=config.run.checkpoint_every_steps,

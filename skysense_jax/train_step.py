@@ -140,9 +140,13 @@ class Side:
         source = FUSED if set_name == FUSED else "modality"
         return lambda granularity, x: self._call("project", f"{source}_{granularity}", x)
 
-    def queries(self, features: Features) -> Float[Array, "B V R Z"]:
-        """Prototype logits of the semantic queries of each view."""
-        return self._call("project", "query", self._call("aggregate", features))
+    def queries(self, features: Features) -> Float[Array, "B V R D"]:
+        """The semantic queries of each view."""
+        return self._call("aggregate", features)
+
+    def project_queries(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
+        """The projection of standardised queries."""
+        return self._call("project", "query", x)
 
     def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
         """Cell features in the text encoder's space, and the scale of their similarities."""
@@ -164,12 +168,13 @@ def teacher_targets(teacher: Side, inputs: Inputs, objective: Objective, *, temp
             tokens,
             [tokens.usable, rearrange(local_usable[name], "B V T P Q -> B V T (P Q)")],
             inputs.matches,
-            project=teacher.project(name),
             num_clusters=objective.mgcl["num_clusters"],
             cluster_iterations=objective.mgcl["cluster_iterations"],
             granularities=tuple(objective.granularities),
         )
-        of_sets[name] = mgcl.balance(rows, temperature=temperature, iterations=objective.sinkhorn_iterations)
+        of_sets[name] = mgcl.balance(
+            rows, project=teacher.project(name), temperature=temperature, iterations=objective.sinkhorn_iterations
+        )
     queries = None
     if objective.weights["qsacl"] > 0:
         local = teacher.encode(inputs, "local")
@@ -178,6 +183,7 @@ def teacher_targets(teacher: Side, inputs: Inputs, objective: Objective, *, temp
             teacher.queries(local),
             features.fused_usable.any((2, 3)),
             local.fused_usable.any((2, 3)),
+            project=teacher.project_queries,
             temperature=temperature,
             iterations=objective.sinkhorn_iterations,
         )
@@ -211,6 +217,7 @@ def student_terms(
             student.queries(features["global"]),
             student.queries(features["local"]),
             targets.queries,
+            project=student.project_queries,
             temperature=objective.student_temperature,
         )
 

@@ -238,12 +238,11 @@ class Record:
         assert max(row, column) + side <= self.extent_cells, (row, column, side, self.extent_cells)
         per_cell = stored.modality.pixels_per_cell
         origin, side_pixels = (row * per_cell, column * per_cell), side * per_cell
-        parts = [self._assemble(stored, date, kind, origin, side_pixels) for kind in _PER_DATE]
-        window = Window(*parts)
+        window = Window(*(self._assemble(stored, date, kind, origin, side_pixels) for kind in _PER_DATE))
+        where = f"record {self.id!r}, modality {modality!r}, date {date}"
         if stored.check_range and stored.codec == "jpeg":  # what was in range when it was written may come back outside
-            window = dataclasses.replace(window, pixels=window.pixels.clip(*stored.modality.value_range))
-        elif stored.check_range:
-            where = f"record {self.id!r}, modality {modality!r}, date {date}"
+            return dataclasses.replace(window, pixels=window.pixels.clip(*stored.modality.value_range))
+        if stored.check_range:
             check_range(window.pixels, window.valid, stored.modality, where)
         return window
 

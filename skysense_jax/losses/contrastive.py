@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Scalar = Float[Array, ""] | float
+_EPSILON = 1e-5  # added to variances
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +41,46 @@ def unit(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
 def safe_divide(x: Float[Array, "..."], count: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x / count``, and ``x`` where the count is 0 (where ``x``, a sum over nothing, is 0 too)."""
     return x / jnp.where(count > 0, count, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowStatistics:
+    """What rows of features are standardised by, fp32.
+
+    Attributes:
+      mean, deviation: of each feature.
+    """
+
+    mean: Any  # D
+    deviation: Any  # D
+
+
+def layer_norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Rows of mean 0 and variance 1, in fp32; a zero row stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + _EPSILON)
+
+
+def row_statistics(rows: Float[Array, "*rows D"], valid: Bool[Array, "*rows"]) -> RowStatistics:
+    """Of the valid rows after their layer norm, without gradient; (0, 1) where there is none."""
+    valid, axes = valid[..., None], tuple(range(valid.ndim))
+    x, count = layer_norm(jax.lax.stop_gradient(rows)), valid.sum(dtype=jnp.float32)
+    mean = safe_divide(jnp.where(valid, x, 0.0).sum(axes), count)
+    variance = safe_divide(jnp.square(jnp.where(valid, x - mean, 0.0)).sum(axes), count)
+    return RowStatistics(mean, jnp.where(count > 0, jnp.sqrt(variance + _EPSILON), 1.0))
+
+
+def standardise(rows: Float[Array, "*rows D"], statistics: RowStatistics) -> Float[Array, "*rows D"]:
+    """What a projection head sees of ``rows``: their layer norm, minus what they share, each feature on one scale.
+
+    Nine tenths of a young network's features are common to all of them: without this the head and then the network
+    have to unlearn that first. Teacher and student are measured by the teacher's rows of the whole batch, so the
+    result does not depend on how it is cut into microbatches. Our choice; batch norm in the heads (SwAV, MoCo v3)
+    serves the same end.
+    """
+    return (layer_norm(rows) - statistics.mean) / statistics.deviation
 
 
 def sinkhorn(

@@ -9,7 +9,8 @@ Student and teacher features of the same ground are compared at pixel, object an
       object: the teacher clusters its tokens of u; a[s][c] = its soft assignment read at the ground of s;
               for cluster c: sum_s a[s][c] student[s] / sum_s a[s][c] against the same mean of the teacher's at s
       image:  mean of student tokens against mean of teacher tokens
-      every row: CE(head(student row), Sinkhorn over all rows of the granularity(head(teacher row)))
+      every row: CE(head(s(student row)), Sinkhorn over all rows of the granularity(head(s(teacher row)))), where
+              s standardises by the teacher's rows of the granularity
     per granularity the mean over valid rows
 
 A token s counts if it is usable and all teacher tokens it reads are; the object granularity's clustering and the
@@ -30,15 +31,17 @@ from skysense_jax.losses.contrastive import (
     Scalar,
     Term,
     cross_entropy,
+    row_statistics,
     safe_divide,
     sinkhorn,
+    standardise,
     target_entropy,
     unit,
 )
 from skysense_jax.losses.matching import Match
 
 GRANULARITIES = ("pixel", "object", "image")
-# (granularity, features [*rows D]) to prototype logits [*rows Z]
+# (granularity, standardised features [*rows D]) to prototype logits [*rows Z]
 Project = Callable[[str, Any], Any]
 
 _CLUSTER_TEMPERATURE = 0.1  # of cosine similarities in the clustering [our choice]
@@ -63,13 +66,13 @@ class TeacherRows:
     """What the teacher says before the Sinkhorn. The first axis of every array is the batch.
 
     Attributes:
-      logits: per granularity, of all teacher rows.
+      features: per granularity, all teacher rows.
       valid: which of them count in the Sinkhorn.
       pairs: per granularity and group of student views, which (student row, teacher view) are compared.
       assignment: per group, the clusters moved to the student's tokens; empty without the object granularity.
     """
 
-    logits: Mapping[str, Any]  # {granularity: B n Z}
+    features: Mapping[str, Any]  # {granularity: B n D}
     valid: Mapping[str, Any]  # {granularity: B n} bool
     pairs: Mapping[str, tuple[Any, ...]]  # pixel: B V U T Nd, object: B V U T Nc, image: B V U T; bool
     assignment: tuple[Any, ...]  # B V U T Ns Nc
@@ -84,12 +87,14 @@ class Targets:
       probs: per granularity, of each student row the mean over the teacher views it is compared with.
       weight: in how many comparisons that is.
       assignment: as in ``TeacherRows``.
+      statistics: per granularity, what the rows of both sides are standardised by.
       entropy: per granularity a ``TargetEntropy``.
     """
 
     probs: Mapping[str, Any]  # {granularity: B n Z}
     weight: Mapping[str, Any]  # {granularity: B n}
     assignment: tuple[Any, ...]
+    statistics: Mapping[str, Any]
     entropy: Mapping[str, Any]
 
 
@@ -98,7 +103,6 @@ def teacher_rows(
     student_usable: Sequence[Bool[Array, "B _V T _Ns"]],
     matches: Sequence[Match],
     *,
-    project: Project,
     num_clusters: int,
     cluster_iterations: int,
     granularities: Sequence[str] = GRANULARITIES,
@@ -130,16 +134,18 @@ def teacher_rows(
             m.paired[:, :, None] & usable.any(3)[:, :, None] & seen[:, None]
             for m, usable in zip(matches, student_usable)
         )
-    logits = {name: project(name, _in_line(x)) for name, x in rows.items()}
+    features = {name: _in_line(x) for name, x in rows.items()}
     return jax.lax.stop_gradient(
-        TeacherRows(logits, {name: _in_line(v, row_axes=0) for name, v in valid.items()}, pairs, assignment)
+        TeacherRows(features, {name: _in_line(v, row_axes=0) for name, v in valid.items()}, pairs, assignment)
     )
 
 
-def balance(rows: TeacherRows, *, temperature: Scalar, iterations: int) -> Targets:
-    """The teacher's balanced distributions: one Sinkhorn per granularity over all its valid rows."""
-    targets, weight, entropy = {}, {}, {}
-    for name, logits in rows.logits.items():
+def balance(rows: TeacherRows, *, project: Project, temperature: Scalar, iterations: int) -> Targets:
+    """The teacher's balanced distributions: a standardisation and a Sinkhorn per granularity, over all valid rows."""
+    targets, weight, entropy, statistics = {}, {}, {}, {}
+    for name, features in rows.features.items():
+        statistics[name] = row_statistics(features, rows.valid[name])
+        logits = project(name, standardise(features, statistics[name]))
         flat = sinkhorn(
             logits.reshape(-1, logits.shape[-1]),
             rows.valid[name].reshape(-1),
@@ -159,7 +165,7 @@ def balance(rows: TeacherRows, *, temperature: Scalar, iterations: int) -> Targe
         counts = [p.astype(jnp.float32) if name == "object" else p.sum(2).astype(jnp.float32) for p in pairs]
         weight[name] = _in_line(counts, row_axes=0)
         targets[name] = safe_divide(_in_line(groups), weight[name][..., None])
-    return Targets(targets, weight, rows.assignment, entropy)
+    return Targets(targets, weight, rows.assignment, statistics, entropy)
 
 
 def student_terms(
@@ -180,7 +186,10 @@ def student_terms(
             rows[name] = [mean_token(x, s.usable) for x, s in zip(groups, students)]
     return {
         name: cross_entropy(
-            project(name, _in_line(x)), targets.probs[name], targets.weight[name], temperature=temperature
+            project(name, standardise(_in_line(x), targets.statistics[name])),
+            targets.probs[name],
+            targets.weight[name],
+            temperature=temperature,
         )
         for name, x in rows.items()
     }

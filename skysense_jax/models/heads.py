@@ -1,6 +1,7 @@
 """What objectives read: prototype logits of a feature, and a cell's feature in the space of the text encoder.
 
-Stage outputs carry no norm, so each head begins with one [our choice]. Next: skysense.py, which says which heads exist.
+Stage outputs carry no norm: prototype heads take rows that the losses have standardised (losses/contrastive.py), the
+text head begins with a layer norm [our choice]. Next: skysense.py, which says which heads exist.
 """
 
 import math
@@ -37,9 +38,8 @@ class ProjectionHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
-        """Cosine of each row with each prototype, fp32."""
+        """Cosine of each standardised row with each prototype, fp32."""
         dtype = self.compute_dtype
-        x = LayerNorm(compute_dtype=dtype, name="norm")(x)
         x = Dense(self.hidden_dim, axes=(EMBED, MLP), compute_dtype=dtype, name="hidden1")(x)
         x = gelu(x)
         x = Dense(self.hidden_dim, axes=(MLP, EMBED), compute_dtype=dtype, name="hidden2")(x)

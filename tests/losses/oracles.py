@@ -28,3 +28,19 @@ def cross_entropy(student, teacher, temperature):
 
 def unit(x):
     return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-12)
+
+
+def layer_norm(x):
+    x = np.asarray(x, np.float64)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+class Standardise:
+    """Rows [N D] of the teacher give the mean and deviation that rows of both sides are measured by."""
+
+    def __init__(self, teacher_rows):
+        rows = layer_norm(teacher_rows)
+        self._mean, self._deviation = rows.mean(0), np.sqrt(rows.var(0) + 1e-5)
+
+    def __call__(self, rows):
+        return (layer_norm(rows) - self._mean) / self._deviation

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import Standardise, layer_norm
 from oracles import cross_entropy as cross_entropy_loop
 from oracles import sinkhorn as sinkhorn_loop
 
@@ -15,7 +16,27 @@ LOGITS = RNG.uniform(-1, 1, (11, 5)).astype(np.float32)
 VALID = np.array([True, False, True, True, False, True, True, True, False, True, True])
 sinkhorn = jax.jit(contrastive.sinkhorn, static_argnames="iterations")
 cross_entropy = jax.jit(contrastive.cross_entropy)
+row_statistics, standardise = jax.jit(contrastive.row_statistics), jax.jit(contrastive.standardise)
 target_entropy = jax.jit(contrastive.target_entropy)
+
+
+def test_standardise_equals_numpy_and_invalid_rows_change_nothing():
+    teacher = np.where(VALID[:, None], 3 + RNG.normal(size=(11, 6)), np.nan).astype(np.float32)
+    student = RNG.normal(size=(2, 4, 6)).astype(np.float32)
+    statistics = row_statistics(teacher, VALID)
+    want = Standardise(teacher[VALID])
+    np.testing.assert_allclose(standardise(student, statistics), want(student), atol=1e-5)
+    own = np.asarray(standardise(teacher, statistics))[VALID]
+    np.testing.assert_allclose(own.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(own.std(0), 1, atol=1e-4)
+
+
+def test_standardise_by_nothing_is_the_layer_norm_with_finite_gradients_everywhere():
+    statistics = row_statistics(np.zeros((11, 6), np.float32), VALID & False)
+    rows = np.stack([np.zeros(6), np.arange(6)]).astype(np.float32)
+    np.testing.assert_allclose(standardise(rows, statistics), layer_norm(rows), atol=1e-6)
+    grad = jax.grad(lambda x: jnp.square(standardise(x, statistics)).sum())(rows)
+    assert np.isfinite(grad).all()
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

@@ -1,5 +1,6 @@
 """L_MGCL at each granularity against loops over samples, views, dates and tokens; masks; what cannot be compared."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import cross_entropy, sinkhorn, unit
+from oracles import Standardise, cross_entropy, sinkhorn, unit
 
 from skysense_jax.data.geometry import Box, Orientation, view_affine
 from skysense_jax.losses import matching, mgcl
@@ -59,10 +60,8 @@ MATCHES = [
 @jax.jit
 def terms(student, usable, teacher):
     project = lambda side: lambda name, x: jnp.tanh(x @ HEADS[name][side])  # noqa: E731
-    rows = mgcl.teacher_rows(
-        Tokens(teacher, usable[0]), usable, MATCHES, project=project(0), num_clusters=CLUSTERS, cluster_iterations=2
-    )
-    targets = mgcl.balance(rows, temperature=0.07, iterations=3)
+    rows = mgcl.teacher_rows(Tokens(teacher, usable[0]), usable, MATCHES, num_clusters=CLUSTERS, cluster_iterations=2)
+    targets = mgcl.balance(rows, project=project(0), temperature=0.07, iterations=3)
     tokens = [Tokens(x, mask) for x, mask in zip(student, usable)]
     return mgcl.student_terms(tokens, MATCHES, targets, project=project(1), temperature=0.1)
 
@@ -155,9 +154,12 @@ def loop(name, student, usable, teacher):
             if usable[0][b, u, t].any():
                 seen.setdefault((b, u, t), teacher[b, u, t].astype(float)[usable[0][b, u, t]].mean(0))
     teacher_head, student_head = HEADS[name]
-    logits = np.tanh(np.stack(list(seen.values())) @ teacher_head)
+    theirs = np.stack(list(seen.values()))
+    standardise = Standardise(theirs)
+    logits = np.tanh(standardise(theirs) @ teacher_head)
     probs = dict(zip(seen, sinkhorn(logits, np.ones(len(seen), bool), 0.07, 3), strict=True))
-    return sum(cross_entropy(np.tanh(x @ student_head), probs[key], 0.1) for x, key, _ in rows), len(rows)
+    of_row = [cross_entropy(np.tanh(standardise(x) @ student_head), probs[key], 0.1) for x, key, _ in rows]
+    return sum(of_row), len(rows)
 
 
 @functools.cache
@@ -217,18 +219,22 @@ def test_student_terms_split_into_microbatches_are_the_same():
             Tokens(jnp.asarray(TEACHER), jnp.asarray(USABLE[0])),
             [jnp.asarray(x) for x in USABLE],
             MATCHES,
-            project=project(0),
             num_clusters=CLUSTERS,
             cluster_iterations=2,
         )
-        targets = mgcl.balance(rows, temperature=0.07, iterations=3)
+        targets = mgcl.balance(rows, project=project(0), temperature=0.07, iterations=3)
         total = None
         for part in (slice(0, 1), slice(1, 2)):
             of_part = lambda tree: jax.tree.map(lambda x: x[part], tree)  # noqa: E731
             got = mgcl.student_terms(
                 [Tokens(jnp.asarray(x)[part], jnp.asarray(mask)[part]) for x, mask in zip(FEATURES, USABLE)],
                 MATCHES,
-                mgcl.Targets(of_part(targets.probs), of_part(targets.weight), of_part(targets.assignment), {}),
+                dataclasses.replace(
+                    targets,
+                    probs=of_part(targets.probs),
+                    weight=of_part(targets.weight),
+                    assignment=of_part(targets.assignment),
+                ),
                 project=project(1),
                 temperature=0.1,
             )

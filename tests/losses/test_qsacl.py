@@ -3,14 +3,15 @@
 import jax
 import numpy as np
 import pytest
-from oracles import cross_entropy, sinkhorn
+from oracles import Standardise, cross_entropy, sinkhorn
 
 from skysense_jax.losses import qsacl
 
 RNG = np.random.default_rng(0)
-B, G, L, R, Z = 3, 2, 4, 5, 6
-TEACHER_GLOBAL, STUDENT_GLOBAL = RNG.uniform(-1, 1, (2, B, G, R, Z)).astype(np.float32)
-TEACHER_LOCAL, STUDENT_LOCAL = RNG.uniform(-1, 1, (2, B, L, R, Z)).astype(np.float32)
+B, G, L, R, D, Z = 3, 2, 4, 5, 8, 6
+TEACHER_GLOBAL, STUDENT_GLOBAL = RNG.normal(size=(2, B, G, R, D)).astype(np.float32)
+TEACHER_LOCAL, STUDENT_LOCAL = RNG.normal(size=(2, B, L, R, D)).astype(np.float32)
+TEACHER_HEAD, STUDENT_HEAD = RNG.normal(size=(2, D, Z)).astype(np.float32) / 8
 GLOBAL_VALID = np.array([[1, 1], [0, 1], [1, 1]], bool)
 LOCAL_VALID = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 
@@ -18,15 +19,24 @@ LOCAL_VALID = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 @jax.jit
 def loss(student_global, student_local, teacher_global, teacher_local, global_valid, local_valid):
     targets = qsacl.query_targets(
-        teacher_global, teacher_local, global_valid, local_valid, temperature=0.07, iterations=3
+        teacher_global,
+        teacher_local,
+        global_valid,
+        local_valid,
+        project=lambda x: x @ TEACHER_HEAD,
+        temperature=0.07,
+        iterations=3,
     )
-    return qsacl.query_term(student_global, student_local, targets, temperature=0.1)
+    return qsacl.query_term(student_global, student_local, targets, project=lambda x: x @ STUDENT_HEAD, temperature=0.1)
 
 
 def loop(student_global, student_local, teacher_global, teacher_local, global_valid, local_valid):
     rows = [(b, "g", v, i) for b in range(B) for v in range(G) for i in range(R) if global_valid[b, v]]
     rows += [(b, "l", v, i) for b in range(B) for v in range(L) for i in range(R) if local_valid[b, v]]
-    logits = np.array([{"g": teacher_global, "l": teacher_local}[s][b, v, i] for b, s, v, i in rows]).reshape(-1, Z)
+    theirs = np.array([{"g": teacher_global, "l": teacher_local}[s][b, v, i] for b, s, v, i in rows]).reshape(-1, D)
+    standardise = Standardise(theirs)
+    student_global, student_local = (standardise(x) @ STUDENT_HEAD for x in (student_global, student_local))
+    logits = standardise(theirs) @ TEACHER_HEAD
     probs = dict(zip(rows, sinkhorn(logits, np.ones(len(rows), bool), 0.07, 3), strict=True))
     total, count = 0.0, 0
     for b in range(B):
