@@ -13,10 +13,11 @@ from skysense_jax.trees import named_leaves
 
 
 def parameter_table(boxed_shapes: Any) -> str:
-    """A line per parameter, sorted by path: path, shape, dtype, logical axes, "decay" or "-"; then the total.
+    """A line per parameter, sorted by path: path, shape, dtype, initialiser, logical axes, "decay" or "-"; then
+    the total.
 
-    ``boxed_shapes`` are parameters as ``jax.eval_shape`` of an init gives them. A parameter without logical axes
-    shows "?" for them.
+    ``boxed_shapes`` are parameters as ``jax.eval_shape`` of an init gives them. What a parameter
+    does not carry shows as "?".
 
     Raises:
       ValueError: a parameter whose name does not say whether it decays.
@@ -25,10 +26,11 @@ def parameter_table(boxed_shapes: Any) -> str:
     for path, leaf in sorted(named_leaves(boxed_shapes).items()):
         value = leaf.value if isinstance(leaf, nn.Partitioned) else leaf
         axes = " ".join(name or UNSHARDED for name in leaf.names) if isinstance(leaf, nn.Partitioned) else "?"
-        rows.append((path, f"({', '.join(map(str, value.shape))})", str(value.dtype), axes, _decay_word(path)))
+        shape = f"({', '.join(map(str, value.shape))})"
+        rows.append((path, shape, str(value.dtype), getattr(leaf, "init", "?"), axes, _decay_word(path)))
         total += math.prod(value.shape)
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[4])) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[5])) for row in rows]
     return "\n".join([*lines, f"{total:,} parameters in {len(rows)} arrays"]) + "\n"
 
 

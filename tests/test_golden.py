@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from skysense_jax import config as config_lib
 from skysense_jax import dry_run, modalities, optim, train_state
 from skysense_jax.models import skysense
+from skysense_jax.models.layers import constant, partitioned
 from skysense_jax.parameters import parameter_table, parameters_per_part
 from skysense_jax.sharding import EMBED, LAYERS, MLP, UNSHARDED, make_mesh, unbox
 
@@ -87,9 +88,8 @@ def test_parameter_table_is_as_last_read_and_every_array_has_a_place(name, match
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        part = nn.with_logical_partitioning
-        kernel = self.param("kernel", part(nn.initializers.ones, (EMBED, MLP)), (3, 1024), jnp.float32)
-        self.param("bias", part(nn.initializers.zeros, (UNSHARDED,)), (1024,), jnp.bfloat16)
+        kernel = self.param("kernel", partitioned(constant(0.5), EMBED, MLP), (3, 1024), jnp.float32)
+        self.param("bias", partitioned(nn.initializers.zeros, UNSHARDED), (1024,), jnp.bfloat16)
         return x + (x @ kernel).sum(-1, keepdims=True), None
 
 
@@ -114,9 +114,9 @@ def small_shapes():
 
 def test_parameter_table_shows_path_shape_dtype_axes_and_decay():
     assert parameter_table(small_shapes()).splitlines() == [
-        "blocks/bias    (2, 1024)     bfloat16  layers unsharded  -",
-        "blocks/kernel  (2, 3, 1024)  float32   layers embed mlp  decay",
-        "class_token    (3)           float32   ?                 -",
+        "blocks/bias    (2, 1024)     bfloat16  zeros         layers unsharded  -",
+        "blocks/kernel  (2, 3, 1024)  float32   constant_0.5  layers embed mlp  decay",
+        "class_token    (3)           float32   ?             ?                 -",
         "8,195 parameters in 3 arrays",
     ]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, gelu, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, constant, gelu, partitioned
 from skysense_jax.sharding import EMBED, MLP, PROTOTYPES, UNSHARDED
 
 _INITIAL_TEMPERATURE, _MAX_SCALE = 0.07, 100.0  # as CLIP (arXiv 2103.00020)
@@ -61,8 +61,7 @@ class TextHead(nn.Module):
         """Unit rows in the text space, fp32, and one over the temperature, at most 100."""
         x = LayerNorm(compute_dtype=self.compute_dtype, name="norm")(x)
         x = Dense(self.text_dim, compute_dtype=self.compute_dtype, name="project")(x)
-        init = nn.initializers.constant(math.log(_INITIAL_TEMPERATURE))
-        log_scale = -self.param("log_temperature", partitioned(init), ())
+        log_scale = -self.param("log_temperature", partitioned(constant(math.log(_INITIAL_TEMPERATURE))), ())
         clamped = jnp.minimum(log_scale, math.log(_MAX_SCALE))
         # the gradient passes the clamp, or a temperature once too low could never rise again
         return unit(x), jnp.exp(log_scale + jax.lax.stop_gradient(clamped - log_scale))

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from skysense_jax.models.layers import KERNEL_INIT, gelu, partitioned
+from skysense_jax.models.layers import KERNEL_INIT, gelu, named, partitioned
 from skysense_jax.sharding import ACTIVATION, EMBED, EXPERT, GROUPS, MLP, UNSHARDED, constrain, constrain_batch
 
 
@@ -123,7 +123,7 @@ class ExpertMlp(nn.Module):
 
     def _weights(self, width):
         num, hidden, zeros = self.num_experts, self.hidden_dim, nn.initializers.zeros
-        init = nn.initializers.xavier_uniform(batch_axis=0)  # each expert's as a dense MLP's
+        init = named("xavier_uniform", nn.initializers.xavier_uniform(batch_axis=0))  # each expert's as a dense MLP's
         weights = (
             self.param("hidden_kernel", partitioned(init, EXPERT, EMBED, MLP), (num, width, hidden)),
             self.param("hidden_bias", partitioned(zeros, EXPERT, MLP), (num, hidden)),

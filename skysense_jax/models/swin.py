@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from skysense_jax.models.attention import attend
-from skysense_jax.models.layers import Dense, LayerNorm, Mlp, drop_path, partitioned
+from skysense_jax.models.layers import Dense, LayerNorm, Mlp, constant, drop_path, partitioned
 from skysense_jax.sharding import EMBED, HEADS, UNSHARDED, constrain_batch
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -95,8 +95,7 @@ class WindowAttention(nn.Module):
             width, axes=(EMBED, HEADS), use_bias=use_bias, compute_dtype=self.compute_dtype, name=name
         )(x)
         query, key, value = project("query"), project("key", use_bias=False), project("value")
-        init = nn.initializers.constant(math.log(10.0))
-        logit_scale = self.param("logit_scale", partitioned(init, UNSHARDED), (num_heads,))
+        logit_scale = self.param("logit_scale", partitioned(constant(math.log(10.0)), UNSHARDED), (num_heads,))
         logit_scale = jnp.exp(jnp.minimum(logit_scale, MAX_LOGIT_SCALE))
         query = unit(query, head_width=self.head_width) * jnp.repeat(logit_scale, self.head_width)
         key = unit(key, head_width=self.head_width)

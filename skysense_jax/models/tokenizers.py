@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from skysense_jax.models.layers import Dense, LayerNorm
+from skysense_jax.models.layers import Dense, LayerNorm, named
 from skysense_jax.sharding import EMBED, UNSHARDED
 
 
@@ -31,8 +31,10 @@ class Tokenizer(nn.Module):
         dense = Dense(
             self.width,
             axes=(UNSHARDED, EMBED),
-            kernel_init=nn.initializers.lecun_normal(),  # normalised pixels and bias weigh the same
-            bias_init=nn.initializers.normal(1.0),  # without it the norm hides how bright a patch is
+            kernel_init=named(
+                "lecun_normal", nn.initializers.lecun_normal()
+            ),  # normalised pixels and bias weigh the same
+            bias_init=named("normal_1", nn.initializers.normal(1.0)),  # without it the norm hides how bright a patch is
             compute_dtype=self.compute_dtype,
             name="projection",
         )

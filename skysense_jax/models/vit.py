@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.models.attention import Rotation, SelfAttention
-from skysense_jax.models.layers import LayerNorm, Mlp, drop_path, partitioned
+from skysense_jax.models.layers import LayerNorm, Mlp, constant, drop_path, partitioned
 from skysense_jax.models.moe import ExpertMlp, RouterStats
 from skysense_jax.sharding import UNSHARDED, constrain_batch
 
@@ -53,7 +53,7 @@ class GlobalBlock(nn.Module):
 
         def residual(name, y):
             if self.layer_scale_init is not None:
-                init = nn.initializers.constant(self.layer_scale_init)
+                init = constant(self.layer_scale_init)
                 y = y * self.param(f"{name}_layer_scale", partitioned(init, UNSHARDED), (width,)).astype(dtype)
             return y if drop_rate is None else drop_path(y, rate=drop_rate, key=self.make_rng("drop_path"))
 
