@@ -214,8 +214,9 @@ def report(cells: dict[str, dict[int, dict]]) -> str:
     if runs:
         minutes = [cell["minutes"] for cell in runs]
         whole = max(cell["process_minutes"] for cell in runs)
+        steps = sorted({cell["steps"] for cell in runs})
         lines.append(
-            f"- {len(runs)} runs of {runs[0]['steps']} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes of "
+            f"- {len(runs)} runs of {' or '.join(map(str, steps))} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes of "
             f"training (at most {whole:.1f} with compilation, pictures and probe)"
         )
     seeds = max(len(column) for column in cells.values())
