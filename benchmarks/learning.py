@@ -216,8 +216,8 @@ def report(cells: dict[str, dict[int, dict]]) -> str:
         whole = max(cell["process_minutes"] for cell in runs)
         steps = sorted({cell["steps"] for cell in runs})
         lines.append(
-            f"- {len(runs)} runs of {' or '.join(map(str, steps))} steps, {min(minutes):.1f} to {max(minutes):.1f} minutes of "
-            f"training (at most {whole:.1f} with compilation, pictures and probe)"
+            f"- {len(runs)} runs of {' or '.join(map(str, steps))} steps, {min(minutes):.1f} to {max(minutes):.1f} "
+            f"minutes of training (at most {whole:.1f} with compilation, pictures and probe)"
         )
     seeds = max(len(column) for column in cells.values())
     lines.append(f"- mean ± standard deviation over {seeds} seeds; {os.cpu_count()} cores, {platform.machine()}, ")

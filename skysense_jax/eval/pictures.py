@@ -219,7 +219,7 @@ def features_picture(
         axes.set_ylabel(name, fontsize=8)
     used = sorted({int(i) - 1 for ids in labels if ids is not None for i in np.unique(ids) if i > 0})
     class_legend(figure, classes, used)
-    figure.suptitle("Frozen features of held-out samples; colours: first three principal components", fontsize=11)
+    figure.suptitle("Frozen features of samples; colours: first three principal components", fontsize=11)
     return save(figure, path)
 
 
@@ -319,7 +319,7 @@ def write_all(
 ) -> list[pathlib.Path]:
     """Paths of all pictures of a run, written into ``out_dir``; empty on every process but the first.
 
-    Every process calls it, under the run's mesh. ``samples``: a few held-out ones, the same on every process.
+    Every process calls it, under the run's mesh. ``samples``: a few, the same on every process.
     ``batch``: one on the host, for the picture of views. ``cells``, ``num_dates``, ``batch_size`` as in
     ``features.sample_features``.
     """
