@@ -167,14 +167,9 @@ def memory(data: dict, folder: str, count: int) -> list[tuple[int, float]]:
 def asked_by_formula() -> float:
     """Samples a second that a step of the base config takes on one H200 at its assumed utilisation."""
     config = base.get_config()
-    parts = {name: config.model[name] for name in ("backbone", "fusion", "queries")}
-    global_view, local_view = (
-        cost.view_cost(_ROWS, config.data.views[f"{kind}_cells"], num_dates=config.data.num_dates, **parts)
-        for kind in ("global", "local")
-    )
-    step = cost.step_flops(
-        global_view, local_view, views=config.data.views, num_dates=config.data.num_dates, teacher_local=True
-    )
+    costs = cost.view_costs(_ROWS, data=config.data, model=config.model)
+    fields = dict(views=config.data.views, num_dates=config.data.num_dates, teacher_local=True)
+    step = cost.step_flops(costs["global"], costs["local"], **fields)
     return _UTILISATION * _H200_FLOPS / step
 
 

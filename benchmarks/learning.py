@@ -5,7 +5,8 @@
 
 Columns: raw bands of the 3x3 neighbourhood, the network untrained, pre-trained without the text objective (L_ITA off)
 and with it. Every figure is stored under --out as soon as it is there; runs train on records written there once.
-Scenes, network and probe are those of the config; nothing is tuned here. Results: benchmarks/results.md.
+Scenes, network and probe are those of the config; what a column changes: VARIANTS and MOST_STEPS.
+Results: benchmarks/results.md.
 """
 
 import argparse
@@ -37,7 +38,7 @@ VARIANTS = {  # column: title, fields that differ from the config (None: nothing
     "ita_off": ("L_ITA off", {"objective.weights.text_alignment": 0.0}),
     "ita_on": ("L_ITA on", {}),
 }
-MOST_STEPS = {"ita_off": 600}  # measured on other scenes: 1200 to 1500 steps gave 1 to 1.4 points less than 600
+MOST_STEPS = {"ita_off": 600}  # measured on other scenes: 1200 to 1500 steps gave 0.9 to 1.4 points less than 600
 WANTED = (  # trained column, tasks of which the best counts, points above untrained
     ("ita_off", (probes.LABELS,), 5.0),
     ("ita_off", tuple(scenes.ATTRIBUTES), 5.0),
@@ -81,7 +82,7 @@ def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.
     """How many steps the minutes hold on this machine, compilation left out; measured once and kept."""
     path = out / "calibration.json"
     if not path.exists():
-        short = ConfigDict(config)
+        short = config.copy_and_resolve_references()
         short.optim.num_steps = CALIBRATION_STEPS
         workdir = out / "runs" / "calibration"
         train(short, config_file, workdir, records)
@@ -147,10 +148,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict]]:
     trained = [name for name in args.only if VARIANTS[name][1] is not None]
     if trained:
         records = write_records(config, args.out)
-        config.optim.num_steps = args.steps or steps_in(args.minutes, config, args.config, args.out, records)
+        most_steps = args.steps or steps_in(args.minutes, config, args.config, args.out, records)
     sections = ("data", "model", "eval", *(("objective", "optim") if trained else ()))
     probe, cells = Probe(config), {}
     for name in args.only:
+        if name in trained:
+            config.optim.num_steps = min(most_steps, MOST_STEPS.get(name, most_steps))
         for seed in range(1 if name == "raw" else args.seeds):
             path = args.out / f"{name}_seed{seed}.json"
             made_by = config_lib.fingerprint(config, sections if name in trained else sections[:3])
@@ -166,10 +169,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict]]:
                     cell["scores"] = probe.untrained(seed)
                 else:
                     workdir = args.out / "runs" / f"{name}_seed{seed}_{made_by}"
-                    steps = min(config.optim.num_steps, MOST_STEPS.get(name, config.optim.num_steps))
-                    fields = {"optim.seed": seed, "optim.num_steps": steps, **VARIANTS[name][1]}
+                    fields = {"optim.seed": seed, **VARIANTS[name][1]}
                     cell |= train(config, args.config, workdir, records, **fields)
-                    cell["steps"] = steps
+                    cell["steps"] = config.optim.num_steps
                     cell["scores"] = probe.trained(workdir)
                 path.write_text(json.dumps(cell, indent=1))
                 print(f"{name} seed {seed}: {cell['scores']}", file=sys.stderr, flush=True)

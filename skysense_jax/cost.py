@@ -100,6 +100,17 @@ def view_cost(
     )
 
 
+def view_costs(
+    modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, ViewCost]:
+    """The costs of a "global" and of a "local" view of a config's ``data`` and ``model`` sections."""
+    parts = {name: model[name] for name in ("backbone", "fusion", "queries")}
+    return {
+        kind: view_cost(modalities, data["views"][f"{kind}_cells"], num_dates=data["num_dates"], **parts)
+        for kind in ("global", "local")
+    }
+
+
 def step_flops(
     global_view: ViewCost,
     local_view: ViewCost,

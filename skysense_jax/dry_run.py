@@ -74,15 +74,7 @@ def size_text(
 ) -> str:
     """Tokens and FLOPs of a sample by formula; ``teacher_local``: whether the teacher sees local views (L_QSACL)."""
     views, num_dates = data["views"], data["num_dates"]
-    costs = {
-        kind: cost.view_cost(
-            modalities,
-            views[f"{kind}_cells"],
-            num_dates=num_dates,
-            **{part: model[part] for part in ("backbone", "fusion", "queries")},
-        )
-        for kind in ("global", "local")
-    }
+    costs = cost.view_costs(modalities, data=data, model=model)
     lines = ["tokens and FLOPs per sample, forward (a multiply-add is two)"]
     for kind, view in costs.items():
         for m in modalities:

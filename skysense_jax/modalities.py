@@ -80,21 +80,19 @@ class Modality:
     def _check_photometric(self, where: str) -> None:
         """Each family's strengths are sizes in one unit (photometric.py)."""
         low, high = self.value_range
-        fits = {
-            "rgb": self.dtype == "uint8" and self.num_bands >= 3,
-            "reflectance": low >= 0 and high >= 5000,
-            "backscatter": self.dtype.startswith("float") and low < 0,
-            "none": True,
-        }
-        wanted = {
-            "rgb": "dtype uint8 and 3 bands or more",
-            "reflectance": "a value_range of reflectance x 10000",
-            "backscatter": "floating point with the negative numbers of dB in value_range",
-        }
-        if not fits[self.photometric]:
+        fits, wanted = {
+            "rgb": (self.dtype == "uint8" and self.num_bands >= 3, "dtype uint8 and 3 bands or more"),
+            "reflectance": (low >= 0 and high >= 5000, "a value_range of reflectance x 10000"),
+            "backscatter": (
+                self.dtype.startswith("float") and low < 0,
+                "floating point with the negative numbers of dB in value_range",
+            ),
+            "none": (True, ""),
+        }[self.photometric]
+        if not fits:
             raise ValueError(
                 f"{where}: photometric {self.photometric!r} with dtype {self.dtype}, {self.num_bands} bands and "
-                f"value_range {self.value_range}; wanted {wanted[self.photometric]}, or photometric='none'"
+                f"value_range {self.value_range}; wanted {wanted}, or photometric='none'"
             )
 
     @property

@@ -235,8 +235,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- start or resume
         boxed = boxed_state(run.student, run.optimizer, shapes)
-        for path in sharding.undivided(boxed.student, mesh):
-            logging.warning("config.mesh does not divide parameter %s: whole on every device", path)
+        if whole := sharding.undivided(boxed.student, mesh):
+            logging.warning("config.mesh does not divide %d parameters, whole on every device: %s", len(whole), whole)
         checkpoints = checkpoint.Checkpoints(
             workdir,
             every_steps=config.run.checkpoint_every_steps,
@@ -379,7 +379,7 @@ def print_dry_run(config: ConfigDict) -> None:
     )
     print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
     # one sample a process, in this process: a whole batch, and one more per worker, may not fit a laptop
-    few = ConfigDict(config)
+    few = config.copy_and_resolve_references()
     few.data.batch_size, few.run.input_workers, few.run.input_threads = jax.process_count(), 0, 1
     with contextlib.closing(iter(make_pipeline(few))) as source:
         element = next(source)

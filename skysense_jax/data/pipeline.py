@@ -7,6 +7,7 @@ nothing here may import jax. Read before it: views.py (one element), records.py 
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -248,15 +249,16 @@ class Pipeline:
         return PipelineIterator(self._elements, **self._reading)
 
     def samples(self, count: int) -> list[SampleReader]:
-        """``count`` records read whole, from each source in turn its next; fewer if too many are unreadable."""
-        sources = [self._mix.range_of(source) for source in range(len(self._mix.names))]
+        """``count`` records read whole, from each source in turn its next readable one; fewer if there are no more."""
         found = []
-        for turn in range(count + MAX_TRIES):
-            for indices in sources:
-                if turn < len(indices) and len(found) < count:
-                    with contextlib.suppress(RecordError):
-                        reader = self._mix[indices[turn]]
-                        found.append(reader.decode() if isinstance(reader, Record) else reader)
+        in_turn = itertools.zip_longest(*map(self._mix.range_of, range(len(self._mix.names))))
+        for index in itertools.chain.from_iterable(in_turn):
+            if len(found) == count:
+                break
+            with contextlib.suppress(RecordError):
+                if index is not None:
+                    reader = self._mix[index]
+                    found.append(reader.decode() if isinstance(reader, Record) else reader)
         return found
 
     def describe(self, index: int) -> str:
