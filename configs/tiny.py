@@ -43,5 +43,5 @@ def get_config() -> ConfigDict:
         teacher_temperature_warmup_steps=0,
         prototype_freeze_steps=10,
     )
-    config.optim.update(num_steps=400, learning_rate=4e-4, warmup_steps=30, ema_momentum=0.97)
+    config.optim.update(num_steps=300, learning_rate=4e-4, warmup_steps=30, ema_momentum=0.97)
     return config

@@ -57,7 +57,7 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("optim.num_steps", 1.5, "an integer of 1 or more"),
     ("optim.num_steps", True, "an integer of 1 or more"),
     ("eval.num_train_scenes", 0, "at least 1 with num_test_scenes 24"),
-    ("optim.warmup_steps", 401, "at most num_steps, 400"),
+    ("optim.warmup_steps", 301, "at most num_steps, 300"),
     ("optim.final_learning_rate", 0.1, "at most learning_rate, 0.0004"),
     ("optim.beta2", 1.0, "from 0 to below 1"),
     ("run.tensorboard", 1, "True or False"),
@@ -397,7 +397,7 @@ def test_compare_tells_what_is_refused_from_what_is_allowed(config):
     config.model.backbone.width = 64
     config.model.backbone.drop_path = 0.1
     config.data.modalities = ("s2",)
-    config.optim.num_steps = 300
+    config.optim.num_steps = 200
     config.objective.weights.koleo = 0.5
     changes = config_lib.compare(saved, config)
     assert changes.refused == (
@@ -407,7 +407,7 @@ def test_compare_tells_what_is_refused_from_what_is_allowed(config):
     assert changes.allowed == (
         "config.model.backbone.drop_path: 0.0 -> 0.1",
         "config.objective.weights.koleo: 0.0 -> 0.5",
-        "config.optim.num_steps: 400 -> 300",
+        "config.optim.num_steps: 300 -> 200",
     )
 
 
