@@ -5,6 +5,7 @@ them all. They change nothing and feed nothing back. Next: curves.py (losses, ex
 """
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ from skysense_jax.eval.drawing import (
 from skysense_jax.eval.features import SampleFeatures, num_batch_shards, replicated, sample_features
 from skysense_jax.modalities import OSM, Modality
 from skysense_jax.models.skysense import Features
+
+_ROW_TITLE_WIDTH = 24  # characters: longer names of samples would run into those of the next row
 
 
 def _pixels(mask: Bool[np.ndarray, "P Q"], side: int) -> Bool[np.ndarray, "H W"]:
@@ -216,7 +219,7 @@ def features_picture(
             if image is None:
                 axes.text(0, 0, "none", ha="center", va="center", fontsize=9)
     for name, axes in zip(names, grid[:, 0]):
-        axes.set_ylabel(name, fontsize=8)
+        axes.set_ylabel("\n".join(textwrap.wrap(name, _ROW_TITLE_WIDTH)), fontsize=8)
     used = sorted({int(i) - 1 for ids in labels if ids is not None for i in np.unique(ids) if i > 0})
     class_legend(figure, classes, used)
     figure.suptitle("Frozen features of samples; colours: first three principal components", fontsize=11)
