@@ -18,12 +18,12 @@ def get_config() -> ConfigDict:
 
     config.run = dict(
         log_every_steps=20,  # metrics are written this often
-        checkpoint_every_steps=1000,
+        checkpoint_every_steps=1000,  # saved this often, and at the end
         keep_last=3,  # newest checkpoints kept
         keep_every_steps=20_000,  # and every multiple of this for ever
         pictures_every_steps=5000,  # 0: only at the end
         max_nonfinite_in_row=20,  # skipped updates in a row that stop the run
-        max_bad_record_share=0.01,  # unreadable records, as a share of those read, above which the run stops
+        max_bad_record_share=0.01,  # unreadable records, as a share of those read, that stop the run (from 100 on)
         input_threads=8,  # reading threads of each worker process (or of the main process without workers)
         input_workers=8,  # processes that decode and crop; 0: in the main process
         prefetch_batches=2,  # batches placed on the device ahead of the step
@@ -51,14 +51,16 @@ def get_config() -> ConfigDict:
         views=dict(  # all in cells of 10 m [D]
             anchor_cells=24,  # all views of a sample lie in a square of this side
             tile_cells=8,  # grid on which the anchor's corner lies (256-px tiles of hr)
-            num_global=2,
+            num_global=2,  # views that the teacher sees [P]
             global_box_cells=(16, 24),  # smallest and largest side of the crop
             global_cells=16,  # side after the resize: 512 px of hr
-            num_local=4,
-            local_box_cells=(6, 15),
+            num_local=4,  # further views of the student
+            local_box_cells=(6, 15),  # as for the global ones
             local_cells=8,
         ),
-        scenes=dict(num_scenes=4096, first_index=0, seed=0, extent_cells=24),  # the procedural source
+        # The procedural source: how many scenes, the first one's number, which world of scenes, side in cells.
+        # The probe and the pictures take seed and extent from here whatever the sources are.
+        scenes=dict(num_scenes=4096, first_index=0, seed=0, extent_cells=24),
     )
 
     config.model = dict(
@@ -68,7 +70,7 @@ def get_config() -> ConfigDict:
             depths=(2, 2, 18, 2),  # blocks per stage [D: Swin-H]
             head_width=32,  # [P]
             window=8,  # tokens along a side [P]
-            mlp_ratio=4,
+            mlp_ratio=4,  # hidden width of an MLP, in widths [P]
             num_prompts=4,  # per modality in stages 3 and 4 [P]
             merging="averaged",  # grid-keeping transitions: "averaged" or "separate" [D]
             drop_path=0.2,  # at the last block, linear from 0 [D]
@@ -78,7 +80,13 @@ def get_config() -> ConfigDict:
             experts_per_token=1,  # [P]
             capacity_factor=1.25,  # training only; evaluation never drops [D]
         ),
-        fusion=dict(width=512, depth=12, head_width=64, mlp_ratio=4, drop_path=0.2),
+        fusion=dict(  # the encoder over dates and modalities of a cell
+            width=512,  # of the fused feature
+            depth=12,  # blocks
+            head_width=64,  # [P, SkySense: 16 heads of 1024]
+            mlp_ratio=4,  # [D]
+            drop_path=0.2,  # as in the backbone [D]
+        ),
         queries=dict(num_queries=64, mlp_ratio=4),  # one decoder layer at the fusion's width and head width [D]
         heads=dict(hidden_dim=2048, bottleneck_dim=256, num_prototypes=8192),  # [D]
         text_dim=384,  # width of the text table's embeddings
@@ -99,13 +107,13 @@ def get_config() -> ConfigDict:
             image_weight=1.0,
             num_positions=64,  # student tokens per view at pixel granularity [D]
             num_clusters=16,  # per teacher view at object granularity [D]
-            cluster_iterations=3,
+            cluster_iterations=3,  # assignments to clusters, each after the first with new centroids [D]
         ),
-        student_temperature=0.1,
-        teacher_temperature=0.07,
-        teacher_temperature_start=0.04,
-        teacher_temperature_warmup_steps=30_000,
-        sinkhorn_iterations=3,
+        student_temperature=0.1,  # of cosines with prototypes; DINOv2
+        teacher_temperature=0.07,  # after the warm-up; DINOv2
+        teacher_temperature_start=0.04,  # DINOv2
+        teacher_temperature_warmup_steps=30_000,  # linear [D]
+        sinkhorn_iterations=3,  # DINOv2
         prototype_freeze_steps=1250,  # DINOv2
         text_table="skysense_jax/data/text/osm_minilm_l6_v2.npz",  # embeddings of the class names
     )
@@ -117,16 +125,17 @@ def get_config() -> ConfigDict:
         final_learning_rate=1e-6,  # [P]
         warmup_steps=10_000,  # [D]
         weight_decay=0.04,  # not on norms, biases, prompts, queries, position terms [D]
-        beta1=0.9,
-        beta2=0.999,
+        beta1=0.9,  # of AdamW's first moment [D]
+        beta2=0.999,  # of its second [D]
         clip_norm=3.0,  # global gradient norm [D]
         ema_momentum=0.996,  # of the teacher, cosine to 1 over num_steps [D]
     )
 
     config.eval = dict(  # the probe that closes a run; never feeds back into training
-        num_train_scenes=48,
-        num_test_scenes=24,  # 0: no probe
+        num_train_scenes=48,  # fitted on
+        num_test_scenes=24,  # scored, the scenes after them; 0: no probe
+        probe_untrained=False,  # also the network as it was at the start
         first_index=1_000_000,  # held-out procedural scenes, far from those trained on
-        batch_size=8,
+        batch_size=8,  # windows encoded at a time
     )
     return config

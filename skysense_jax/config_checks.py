@@ -12,16 +12,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
 from skysense_jax import modalities
-from skysense_jax.data import text
+from skysense_jax.data import codecs, text
+from skysense_jax.data.scenes_layout import MAX_EXTENT_CELLS
 
 # A section is handed to functions that ask for a Mapping; it behaves as one and does not say so.
 Mapping.register(ConfigDict)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+MAX_STRENGTH = 2.5  # of photometric changes: brightness takes up to 0.4 times this away
 # Subtrees whose keys are not fixed: dates per modality.
 _FREE_KEYS = ("data.num_dates",)
 
@@ -43,8 +46,9 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
 
 
-def _whole(low: int) -> _Rule:
-    return _Rule(lambda value: _is_int(value) and value >= low, f"an integer of {low} or more")
+def _whole(low: int, high: int | None = None) -> _Rule:
+    wanted = f"an integer of {low} or more" if high is None else f"an integer of {low} to {high}"
+    return _Rule(lambda value: _is_int(value) and value >= low and (high is None or value <= high), wanted)
 
 
 def _share(*, below_one: bool = False) -> _Rule:
@@ -67,6 +71,10 @@ def _is_source(value: Any) -> bool:
 
 
 _POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+_STRENGTH = _Rule(
+    lambda value: _is_number(value) and 0 <= value <= MAX_STRENGTH,
+    f"a number from 0 to {MAX_STRENGTH}, above which an image may lose all its brightness",
+)
 _NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number of 0 or more")
 _TEXT = _Rule(lambda value: isinstance(value, str), "a string")
 _SWITCH = _Rule(lambda value: isinstance(value, bool), "True or False")
@@ -109,13 +117,13 @@ _RULES: Mapping[str, _Rule] = {
     "data.batch_size": _whole(1),
     "data.seed": _whole(0),
     "data.num_dates.*": _whole(1),
-    "data.photometric_strength": _NOT_NEGATIVE,
+    "data.photometric_strength": _STRENGTH,
     "data.day_jitter": _whole(0),
     "data.views.global_box_cells": _integers(2),
     "data.views.local_box_cells": _integers(2),
     "data.views.*": _whole(1),
     "data.scenes.num_scenes": _whole(1),
-    "data.scenes.extent_cells": _whole(1),
+    "data.scenes.extent_cells": _whole(1, MAX_EXTENT_CELLS),
     "data.scenes.*": _whole(0),
     "model.compute_dtype": _one_of("bfloat16", "float32"),
     "model.backbone.depths": _integers(4),
@@ -155,6 +163,7 @@ _RULES: Mapping[str, _Rule] = {
     "optim.clip_norm": _POSITIVE,
     "optim.ema_momentum": _share(),
     "eval.first_index": _whole(0),
+    "eval.probe_untrained": _SWITCH,
     "eval.num_train_scenes": _whole(0),
     "eval.num_test_scenes": _whole(0),
     "eval.*": _whole(1),
@@ -263,6 +272,9 @@ def _data_problems(config: ConfigDict) -> Iterator[str]:
         told = str(error)
         yield told if told.startswith("config.") else f"config.data.new_modalities: {told}"
         return
+    for row in (modalities.Modality(**row) for row in data.new_modalities):
+        if problem := codecs.codec_problem(row.codec, num_bands=row.num_bands, dtype=np.dtype(row.dtype)):
+            yield f"config.data.new_modalities: modality {row.name!r}: {problem}"
     for row in rows:
         if row.name not in data.num_dates:
             yield f"config.data.num_dates.{row.name}: missing; wanted the dates to draw of a modality that is used"
@@ -270,6 +282,15 @@ def _data_problems(config: ConfigDict) -> Iterator[str]:
     for name in data.num_dates:
         if name not in known:
             yield f"config.data.num_dates.{name}: no such modality; wanted one of {sorted(known)}"
+    if any(name == "scenes" for name, _ in data.sources):
+        first, held_out = data.scenes.first_index, config.eval.first_index
+        end = first + data.scenes.num_scenes
+        held_out_end = held_out + config.eval.num_train_scenes + config.eval.num_test_scenes
+        if max(first, held_out) < min(end, held_out_end):
+            yield (
+                f"config.eval.first_index: got {held_out}, so scenes {held_out} to {held_out_end - 1} for the probe; "
+                f"wanted none of those trained on, {first} to {end - 1} (config.data.scenes)"
+            )
 
 
 def _view_problems(config: ConfigDict) -> Iterator[str]:
@@ -316,10 +337,31 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
             "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
         )
+    if config.efficiency.attention == "cudnn":
+        yield from _cudnn_problems(config)
     if backbone.head_width % 4:
         yield (
             f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "
             "embedding turns pairs of channels along two axes"
+        )
+
+
+def _cudnn_problems(config: ConfigDict) -> Iterator[str]:
+    """What cuDNN's fused attention with a mask asks of shapes: heads of 8, 16, ... 128, sequences of even length."""
+    why = "with config.efficiency.attention 'cudnn', which trains on sequences of even length only"
+    for name in ("backbone", "fusion"):
+        if (width := config.model[name].head_width) % 8 or width > 128:
+            yield f"config.model.{name}.head_width: got {width}; wanted 8, 16, ... 128 with attention 'cudnn'"
+    for field in ("global_cells", "local_cells"):
+        if config.data.views[field] % 2:
+            yield f"config.data.views.{field}: got {config.data.views[field]}; wanted an even number {why}"
+    if config.model.backbone.num_prompts % 2:
+        yield f"config.model.backbone.num_prompts: got {config.model.backbone.num_prompts}; wanted an even number {why}"
+    dates = sum(config.data.num_dates[name] for name in config.data.modalities if name in config.data.num_dates)
+    if dates % 2 == 0:
+        yield (
+            f"config.data.num_dates: got {dates} over config.data.modalities; wanted an odd number, which fusion's "
+            f"class token makes even, {why}"
         )
 
 

@@ -16,6 +16,7 @@ TRANSITION_TARGET_CELLS = (0.25, 0.5, 1.0)
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 PHOTOMETRIC = ("rgb", "reflectance", "backscatter", "none")
+RESERVED_NAMES = ("fused", "osm")  # the fused features beside the modalities', and the label map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Modality:
         for field in ("bands", "value_range", "typical_range", "mean", "std"):  # lists come from config files
             object.__setattr__(self, field, tuple(getattr(self, field)))
         where = f"modality {self.name!r}"
+        if not self.name.isidentifier() or self.name in RESERVED_NAMES:
+            raise ValueError(f"{where}: wanted letters, digits and underscores for a name, none of {RESERVED_NAMES}")
+        if not self.bands or self.patch < 1 or not self.value_range[0] < self.value_range[1]:
+            raise ValueError(
+                f"{where}: bands {self.bands}, patch {self.patch}, value_range {self.value_range}; wanted one band or "
+                "more, a patch of 1 or more, and the lower value first"
+            )
         if not (len(self.bands) == len(self.mean) == len(self.std)):
             raise ValueError(
                 f"{where}: {len(self.bands)} bands, {len(self.mean)} means and {len(self.std)} deviations; "

@@ -1,4 +1,4 @@
-"""A table of what a network's parameters are, for golden files, the dry run and people who read a diff."""
+"""A table of what a network's parameters are, for golden files and people who read a diff; sums for the dry run."""
 
 import math
 from collections.abc import Mapping

@@ -4,7 +4,6 @@ The same command again goes on where the run stopped. Any field is overridden wi
 ``--dry_run`` prints what would run and stops. Next: train_step.py (the step), configs/base.py (every field).
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -12,18 +11,16 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from skysense_jax import (
     checkpoint,
-    config_checks,
     dry_run,
     metrics,
     modalities,
@@ -39,12 +36,13 @@ from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
 from skysense_jax.data.text import load_text_table
 from skysense_jax.eval import pictures, probes
+from skysense_jax.feed import prefetch
 from skysense_jax.models import skysense
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, state_shardings
 
 _CONFIG = config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one validated batch, and stop.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one checked sample, and stop.")
 
 
 _PICTURED = 3  # samples in a picture
@@ -95,7 +93,7 @@ def assemble(config: ConfigDict) -> Run:
     )
     text_table = None
     if objective.weights.text_alignment > 0:
-        text_table = load_text_table(config_checks.resolve_path(objective.text_table), modalities.OSM.classes)
+        text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
     step = train_step.make_train_step(
         student,
         teacher,
@@ -124,26 +122,6 @@ def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def to_device(element: dict[str, Any], mesh: Mesh) -> Batch:
-    """The batch, samples over the mesh's batch axes; ``element`` holds this process' share."""
-    placed = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x)), Batch.from_dict(element)
-    )
-
-
-def prefetch(
-    source: pipeline_lib.PipelineIterator, mesh: Mesh, num_batches: int
-) -> Iterator[tuple[Batch, dict[str, Any], dict[str, Any]]]:
-    """Batches on the device, ``num_batches`` ahead, each with its host element and the input state after it."""
-    ahead = collections.deque()
-    while True:
-        while len(ahead) <= num_batches:
-            element = next(source)
-            ahead.append((to_device(element, mesh), element, source.get_state()))
-        yield ahead.popleft()
 
 
 class _Monitor:
@@ -226,10 +204,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
       RuntimeError: too many updates skipped in a row, or too large a share of records unreadable.
     """
     # ---- what runs, and on what
-    config_checks.validate(config, num_devices=jax.device_count())
+    config_lib.validate(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     run, pipeline = assemble(config), make_pipeline(config)
     shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
+    pipeline.check_sources()
     logging.info("%s: %d devices, mesh %s", config.name, jax.device_count(), dict(mesh.shape))
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -267,7 +246,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         )
         stack.callback(writers.close)
         (workdir / "config.txt").write_text(config_lib.flat_text(config))
-        meta = {"config": config_lib.flat_text(config), "name": config.name}
+        meta = {"config": config_lib.flat_text(config)}
         monitor = _Monitor(config, pipeline, writers)
 
         # ---- loop
@@ -281,7 +260,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             state, step_metrics = step_fn(state, batch)
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
-            if config.run.pictures_every_steps and step % config.run.pictures_every_steps == 0:
+            every = config.run.pictures_every_steps
+            if every and step % every == 0 and step < config.optim.num_steps:
                 write_pictures(config, run, pipeline, state.teacher, element, workdir)
         monitor.close()
         if start < config.optim.num_steps:
@@ -290,12 +270,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
 
         # ---- pictures and probe
         write_pictures(config, run, pipeline, state.teacher, element or next(source), workdir)
-        scores = probe(config, run, state.teacher)
+        networks = {"teacher": state.teacher}
+        if config.eval.probe_untrained:
+            fresh = create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+            networks["untrained"] = fresh.teacher
+        scores = probe(config, run, networks)
         if jax.process_index() == 0 and scores:
-            (workdir / "probe.json").write_text(
-                json.dumps({k: v if np.isfinite(v) else None for k, v in scores.items()}, indent=2) + "\n"
-            )
-            logging.info("linear probe of the teacher on held-out scenes: %s", scores)
+            (workdir / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
     return state
 
 
@@ -335,10 +316,11 @@ def _picture_samples(config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeli
     return sorted(found, key=lambda sample: -sum(len(sample.days(row.name)) > 0 for row in run.modalities))[:_PICTURED]
 
 
-def probe(config: ConfigDict, run: Run, params: Any) -> dict[str, float]:
-    """Scores of a linear probe of the teacher on held-out procedural scenes.
+def probe(config: ConfigDict, run: Run, networks: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Scores of a linear probe on held-out procedural scenes, for the parameters of each network; logged too.
 
-    Empty if the config asks for none, or if scenes have none of its modalities.
+    None where there is nothing to tell apart. Empty if the config asks for none, or if scenes have none of its
+    modalities. Every process calls it.
     """
     which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
     if not which["num_test_scenes"]:
@@ -346,7 +328,14 @@ def probe(config: ConfigDict, run: Run, params: Any) -> dict[str, float]:
     if not {row.name for row in run.modalities} & set(scenes.MODALITIES):
         logging.info("no linear probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
         return {}
-    return probes.probe_scenes(run.teacher, params, run.modalities, **_encoding(config), **_held_out(config), **which)
+    held_out = probes.held_out_scenes(run.modalities, **_held_out(config), **which)
+    scores = {}
+    for name, params in networks.items():
+        found = probes.probe_scenes(run.teacher, params, run.modalities, held_out, **_encoding(config))
+        scores[name] = {key: value if np.isfinite(value) else None for key, value in found.items()}
+        points = "  ".join(f"{key} {100 * value:.1f}" for key, value in found.items())
+        logging.info("linear probe on held-out scenes, %s: %s", name, points)
+    return scores
 
 
 def _held_out(config: ConfigDict) -> dict[str, int]:
@@ -363,7 +352,7 @@ def _encoding(config: ConfigDict) -> dict[str, Any]:
 
 def print_dry_run(config: ConfigDict) -> None:
     """Prints the resolved config, parameters per part, tokens, FLOPs, memory and one validated sample as a batch."""
-    config_checks.validate(config, num_devices=jax.device_count())
+    config_lib.validate(config, num_devices=jax.device_count())
     run = assemble(config)
     shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
     boxed = boxed_state(run.student, run.optimizer, shapes)

@@ -24,7 +24,7 @@ def micro_config() -> ConfigDict:
     )
     config.data.scenes.update(num_scenes=40, extent_cells=8)
     config.model.backbone.update(depths=(1, 1, 1, 1), num_prompts=2, drop_path=0.2, num_moe_blocks=1, num_experts=2)
-    config.model.fusion.update(width=32, depth=1, drop_path=0.2)
+    config.model.fusion.update(width=32, depth=2, drop_path=0.2)
     config.model.queries.update(num_queries=3)
     config.model.heads.update(hidden_dim=16, bottleneck_dim=8, num_prototypes=24)
     config.objective.weights.koleo = 0.1

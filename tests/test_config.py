@@ -83,6 +83,9 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("data.views.global_box_cells", (4, 15), "sides above 4 and below 16"),
     ("data.views.local_box_cells", (7, 3), "the smallest side first"),
     ("data.views.tile_cells", 5, None),
+    ("data.photometric_strength", 3.0, "a number from 0 to 2.5"),
+    ("data.scenes.extent_cells", 200, "an integer of 1 to 160"),
+    ("eval.first_index", 511, "none of those trained on, 0 to 511"),
     ("mesh.data", 0, "1 or more, or -1"),
     ("objective.weights.mgcl", -1.0, "a number of 0 or more"),
 ]
@@ -172,6 +175,13 @@ def test_validate_new_modality_row_passes(config):
     ("change", "message"),
     [
         (dict(patch=3), "wanted pixels_per_cell = patch"),
+        (dict(patch=0), "a patch of 1 or more"),
+        (dict(bands=()), "one band or more"),
+        (dict(value_range=(200, -10)), "the lower value first"),
+        (dict(codec="jpg"), "codec 'jpg'; wanted one of"),
+        (dict(codec="jpeg"), "codec 'jpeg' holds 3 bands of uint8, got 1 of float32"),
+        (dict(name="fused"), "modality 'fused': wanted .* none of"),
+        (dict(name="a/b"), "modality 'a/b': wanted letters"),
         (dict(name="s2"), "already a row of the table"),
         (dict(patches=2), "unexpected keyword argument 'patches'"),
     ],
@@ -181,6 +191,24 @@ def test_validate_wrong_new_modality_row_is_refused(config, change, message):
     with pytest.raises(ValueError, match=message) as error:
         config_lib.validate(config)
     assert "modalit" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.num_dates.s2", 3, "num_dates: got 6 over .* wanted an odd number"),
+        ("data.views.local_cells", 5, "local_cells: got 5; wanted an even number"),
+        ("model.backbone.num_prompts", 3, "num_prompts: got 3; wanted an even number"),
+        ("model.fusion.head_width", 4, "fusion.head_width: got 4; wanted 8, 16, "),
+    ],
+)
+def test_validate_cudnn_shapes_are_checked(config, field, value, message):
+    config.efficiency.attention, config.model.compute_dtype = "cudnn", "bfloat16"
+    config.data.num_dates.update(s2=2, hr=1, s1=2)
+    config_lib.validate(config)
+    set_field(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(config)
 
 
 def test_validate_batch_that_the_mesh_does_not_divide_is_refused(config):

@@ -38,6 +38,7 @@ ALLOWED = {
     "config": {"config_checks"},
     "eval": {"batch", "data", "metrics", "modalities", "models", "photometric", "sharding"},
     "cost": {"modalities"},
+    "feed": {"batch", "data", "sharding"},
     "dry_run": {"batch", "cost", "modalities"},
     "parameters": {"optim", "sharding", "trees"},
     "train_state": {"batch", "models", "sharding"},

@@ -1,6 +1,10 @@
 """Runs of the micro config through the entry point's functions: exact resume, refusals, new sensors, bad input."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +13,22 @@ import pytest
 from micro import micro_config
 
 from skysense_jax import checkpoint, metrics, modalities, train
+from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class _Preempted(Exception):
     """Stands in for a pre-emption between two steps."""
 
 
-def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False):
-    """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps."""
+def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False, change=lambda batch: batch):
+    """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps.
+
+    ``change``: what happens to each batch on its way.
+    """
     order, prefetch = [], train.prefetch
 
     def watched(*args):
@@ -26,7 +36,7 @@ def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False):
             if i == stop_after:
                 raise _Preempted
             order.append(element["record"].tolist())
-            yield batch, element, state
+            yield change(batch), element, state
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "prefetch", watched)
@@ -79,8 +89,8 @@ def test_teacher_alone_is_restored(straight):
 
 def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
     config = micro_config()
-    config.model.fusion.depth = 2
-    with pytest.raises(ValueError, match=r"config\.model\.fusion\.depth: 1 -> 2"):
+    config.model.fusion.depth = 3
+    with pytest.raises(ValueError, match=r"config\.model\.fusion\.depth: 2 -> 3"):
         _train(config, straight[0], monkeypatch)
 
 
@@ -100,63 +110,111 @@ def test_empty_dataset_is_refused_by_its_glob(tmp_path, monkeypatch):
         _train(config, tmp_path / "run", monkeypatch)
 
 
-RGBN = dict(
-    name="rgbn",
-    bands=("R", "G", "B", "N"),
-    dtype="uint8",
-    unit="8-bit digital number",
-    value_range=(0, 255),
-    typical_range=(2, 254),
-    wrong_unit_hint="16-bit numbers",
-    pixels_per_cell=16,
-    patch=4,
-    mean=(120.0,) * 4,
-    std=(60.0,) * 4,
-    statistics_source="made up for a test",
-    photometric="rgb",
-    codec="png",
-)
+def _row(name, bands, dtype, value_range, pixels_per_cell, patch, **more):
+    low, high = value_range
+    count = len(bands)
+    return dict(
+        name=name,
+        bands=bands,
+        dtype=dtype,
+        unit="made up for a test",
+        value_range=value_range,
+        typical_range=value_range,
+        wrong_unit_hint="something else",
+        pixels_per_cell=pixels_per_cell,
+        patch=patch,
+        mean=((low + high) / 2,) * count,
+        std=((high - low) / 4,) * count,
+        statistics_source="made up for a test",
+        **more,
+    )
 
 
-def _rgbn_records(path, *, damaged=0):
-    """Eight samples of a sensor the table does not have, 1.5 m pixels resampled to 16 a cell, some unreadable."""
-    rows = modalities.select(("rgbn",), (RGBN,))
+RGBN = _row("rgbn", ("R", "G", "B", "N"), "uint8", (0, 255), 16, 4, photometric="rgb", codec="png")
+NEW_SENSORS = {  # row, metres of its own pixels
+    "rgbn": (RGBN, 1.5),
+    "hyper": (_row("hyper", tuple(f"B{i}" for i in range(200)), "int16", (0, 10000), 1, 1), 30.0),
+    "lidar": (_row("lidar", ("height",), "float32", (-10, 60), 8, 2), 1.0),
+}
+
+
+def _new_sensor_records(path, *, damaged=0):
+    """Eight samples of sensors that the table does not have, the first ``damaged`` unreadable; of three one sensor is
+    missing."""
+    rows = modalities.select(NEW_SENSORS, [row for row, _ in NEW_SENSORS.values()])
     rng = np.random.default_rng(0)
     with ShardWriter(path) as writer:
         for i in range(8):
-            series = Series(
-                images=rng.integers(0, 256, (1, 128, 128, 4), np.uint8),
-                valid=np.ones((1, 128, 128), bool),
-                cloud=np.zeros((1, 128, 128), bool),
-                days=np.array([18000 + i], np.int32),
-                orbits=np.zeros(1, np.uint8),
-                native_gsd_m=1.5,
-            )
-            sample = Sample(id=f"rgbn-{i}", extent_cells=8, series={"rgbn": series})
-            payload = encode_sample(sample, rows)
+            series = {}
+            for k, row in enumerate(rows):
+                if i == 5 + k:
+                    continue
+                side = 8 * row.pixels_per_cell
+                series[row.name] = Series(
+                    images=rng.uniform(*row.value_range, (1, side, side, row.num_bands)).astype(row.dtype),
+                    valid=np.ones((1, side, side), bool),
+                    cloud=np.zeros((1, side, side), bool),
+                    days=np.array([18000 + i], np.int32),
+                    orbits=np.zeros(1, np.uint8),
+                    native_gsd_m=NEW_SENSORS[row.name][1],
+                )
+            payload = encode_sample(Sample(id=f"new-{i}", extent_cells=8, series=series), rows)
             writer.write(payload[: len(payload) // 2] if i < damaged else payload)
 
 
-def test_new_sensor_is_a_row_in_the_config_and_bad_records_are_named(tmp_path, monkeypatch, caplog):
-    _rgbn_records(tmp_path / "rgbn.array_record", damaged=2)
+def test_new_sensors_are_rows_in_the_config_and_bad_records_are_named(tmp_path, monkeypatch, caplog):
+    """A 1.5 m RGB-NIR camera, a 200-band spectrometer at 30 m and a height raster at 1 m, no line of code."""
+    _new_sensor_records(tmp_path / "new.array_record", damaged=2)
     config = micro_config()
-    config.data.new_modalities = (RGBN,)
-    config.data.update(modalities=("rgbn",), sources=((str(tmp_path / "*.array_record"), 1.0),))
-    config.data.num_dates = dict(rgbn=1)
+    config.data.new_modalities = tuple(row for row, _ in NEW_SENSORS.values())
+    config.data.update(modalities=tuple(NEW_SENSORS), sources=((str(tmp_path / "*.array_record"), 1.0),))
+    config.data.num_dates = dict.fromkeys(NEW_SENSORS, 1)
     config.optim.num_steps, config.optim.warmup_steps = 2, 1
-    config.eval.update(num_train_scenes=1, num_test_scenes=1)  # scenes lack this sensor: no probe, no error
+    config.eval.update(num_train_scenes=1, num_test_scenes=1)  # scenes lack these sensors: no probe, no error
     with caplog.at_level("WARNING"):
         state, _ = _train(config, tmp_path / "run", monkeypatch, pictures=True)
-    assert {path for path in state.student["backbone"] if "rgbn" in path}
+    before = jax.device_get(_first_state(config).student["backbone"])
+    for name in NEW_SENSORS:
+        kernel = lambda tree, name=name: tree[f"tokenizer_{name}"]["projection"]["kernel"]  # noqa: E731
+        assert np.abs(kernel(state.student["backbone"]) - kernel(before)).max() > 1e-5  # it trains
     lines = metrics.read_json_lines(tmp_path / "run" / metrics.FILE_NAME)
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert lines[-1]["loss/text_alignment"] == 0  # no labels in these records
     assert lines[-1]["bad_records"] >= 4  # two of eight, seen twice
-    assert "rgbn.array_record" in caplog.text
+    assert "new.array_record" in caplog.text
     assert not (tmp_path / "run" / "probe.json").exists()
     assert (tmp_path / "run" / "pictures" / "features.png").exists()
     shown = train._picture_samples(config, train.assemble(config), train.make_pipeline(config))
-    assert [sample.id for sample in shown] == ["rgbn-2", "rgbn-3", "rgbn-4"]  # the run's own; 0 and 1 are damaged
+    assert [sample.id for sample in shown] == ["new-2", "new-3", "new-4"]  # the run's own; 0 and 1 are damaged
+
+
+def _first_state(config):
+    run, mesh = train.assemble(config), train.sharding.make_mesh(**config.mesh)
+    shapes = train.dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in train._BATCH_FIELDS})
+    with jax.set_mesh(mesh):
+        return train.create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+
+
+def test_source_whose_records_all_lie_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """Written by somebody else's writer: linear backscatter lies inside the range of dB, so no window shows it."""
+    series = Series(
+        images=np.full((1, 8, 8, 2), 0.05, np.float16),
+        valid=np.ones((1, 8, 8), bool),
+        cloud=np.zeros((1, 8, 8), bool),
+        days=np.array([18000], np.int32),
+        orbits=np.zeros(1, np.uint8),
+        native_gsd_m=10.0,
+    )
+    rows = modalities.select(("s1",))
+    with ShardWriter(tmp_path / "linear.array_record") as writer, monkeypatch.context() as patch:
+        patch.setattr(records, "validate_sample", lambda sample, rows: None)
+        for i in range(6):
+            writer.write(encode_sample(Sample(id=f"linear-{i}", extent_cells=8, series={"s1": series}), rows))
+    config = micro_config()
+    config.data.update(modalities=("s1",), sources=((str(tmp_path / "*.array_record"), 1.0),))
+    with pytest.raises(ValueError, match=r"config\.data\.sources: .*none of 4 records .* like linear power") as error:
+        _train(config, tmp_path / "run", monkeypatch)
+    assert "VV" in str(error.value)
 
 
 class _Pipeline(train.pipeline_lib.Pipeline):
@@ -196,6 +254,36 @@ def test_run_stops_after_skipped_updates_in_a_row():
         monitor.close()
 
 
+def test_run_whose_numbers_are_not_finite_stops_and_keeps_its_checkpoint(straight, tmp_path, monkeypatch):
+    steps = []
+
+    def poison_from_the_sixth(batch):
+        steps.append(batch)
+        images = batch.global_views.images
+        nan = {name: x * jnp.nan if x.dtype == jnp.float16 else x for name, x in images.items()}
+        return batch if len(steps) < 6 else batch.replace(global_views=batch.global_views.replace(images=nan))
+
+    config = micro_config()
+    config.run.max_nonfinite_in_row = 3
+    with pytest.raises(RuntimeError, match=r"step 8: 3 updates in a row .*config\.run\.max_nonfinite_in_row=3"):
+        _train(config, tmp_path, monkeypatch, change=poison_from_the_sixth)
+    lines = metrics.read_json_lines(tmp_path / metrics.FILE_NAME)
+    assert [line["nonfinite_in_row"] for line in lines] == [0] * 5 + [1, 2, 3]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), straight[1].teacher)
+    restored = checkpoint.restore_teacher(tmp_path, shapes)
+    assert restored.step == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.state))
+
+
+def test_command_of_a_dry_run_prints_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "skysense_jax.train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+    done = subprocess.run([*command, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert "GFLOP per sample" in done.stdout
+    assert "hr: 1x2x1x128x128x3 uint8" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_dry_run_prints_config_sizes_cost_and_a_sample(capsys):
     train.print_dry_run(micro_config())
     text = capsys.readouterr().out
@@ -230,7 +318,7 @@ def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
     with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
         run = train.assemble(config)
         train.write_pictures(config, run, pipeline, state.teacher, element, tmp_path)
-        scores = train.probe(config, run, state.teacher)
+        scores = train.probe(config, run, {"teacher": state.teacher})["teacher"]
     assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
         p.name for p in (tmp_path / "pictures").iterdir()
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from micro import micro_config
 
-from skysense_jax import dry_run, sharding, train, train_state
+from skysense_jax import dry_run, feed, sharding, train, train_state
 
 
 class Compiled:
@@ -29,11 +29,11 @@ class Compiled:
 
     def __call__(self, state, element):
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self.step(state, train.to_device(element, self.mesh)))
+            return jax.device_get(self.step(state, feed.to_device(element, self.mesh)))
 
     def lowered_text(self, element):
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state(), train.to_device(element, self.mesh)).as_text()
+            return self.step.lower(self.state(), feed.to_device(element, self.mesh)).as_text()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,52 @@ def test_step_reports_every_term_and_updates_both_sides(first, sharded):
         np.testing.assert_allclose(teacher[path], momentum * old + (1 - momentum) * new, rtol=1e-6, atol=1e-7)
     moved = [path for path in before if not np.array_equal(before[path], after[path])]
     assert len(moved) >= len(before) - len(frozen) - 2  # a day or modality that no sample has may stand still
+
+
+def test_step_is_compiled_once(first, sharded, element):
+    del first  # a first step was made: now from a fresh state, and from a state as the step leaves it
+    before, state = sharded.step._cache_size(), sharded.state()
+    with jax.set_mesh(sharded.mesh):
+        batch = feed.to_device(element, sharded.mesh)
+        for _ in range(2):
+            state, _ = sharded.step(state, batch)
+    assert sharded.step._cache_size() == before == 1
+
+
+def test_bfloat16_step_is_near_fp32_and_keeps_fp32_state(first, element):
+    config = micro_config()
+    config.mesh.update(data=1, fsdp=1)
+    config.model.compute_dtype = "bfloat16"
+    half = Compiled(config, jax.devices()[:1])
+    state, metrics = half(half.state(), element)
+    for name in ("loss", *(f"loss/{term}" for term in ("mgcl", "qsacl", "text_alignment", "koleo"))):
+        assert metrics[name] == pytest.approx(first[1][name], rel=0.03, abs=0.03), name
+    assert metrics["nonfinite_total"] == 0
+    assert all(x.dtype in (np.float32, np.int32) for x in _leaves(state).values())
+    assert any(not np.array_equal(x, _leaves(first[0])[path]) for path, x in _leaves(state).items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone"),
+    [
+        ({"weights.mgcl": 0.0}, "loss/mgcl"),
+        ({"weights.qsacl": 0.0}, "loss/qsacl"),
+        ({"weights.text_alignment": 0.0}, "loss/text_alignment"),
+        ({"mgcl.pixel_weight": 0.0, "mgcl.image_weight": 0.0}, "mgcl/fused_pixel"),
+    ],
+)
+def test_step_without_a_term_does_not_report_it(fields, gone):
+    config = micro_config()
+    config.mesh.update(data=1, fsdp=1)
+    for field, value in fields.items():
+        section, name = field.split(".")
+        config.objective[section][name] = value
+    without = Compiled(config, jax.devices()[:1])
+    with jax.set_mesh(without.mesh):
+        state = train_state.boxed_state(without.run.student, without.run.optimizer, without.shapes)
+        _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes)
+    assert "loss" in metrics
+    assert gone not in metrics
 
 
 def test_parameters_lie_sharded_over_the_mesh(sharded):

@@ -174,9 +174,14 @@ def unpack_map(data: bytes, where: str) -> dict:
 
 @contextlib.contextmanager
 def wrapped(where: str):
-    """A context in which whatever a library says about damaged bytes becomes a RecordError that names the place."""
+    """A context in which whatever a library says about damaged bytes becomes a RecordError that names the place.
+
+    Not what says nothing of the bytes: memory that ran out, and files one may not read.
+    """
     try:
         yield
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:
         raise RecordError(f"{where}: cannot be decoded: {type(error).__name__}: {error}") from error
 

@@ -6,7 +6,6 @@ is one number, and restores exactly under another number of processes or workers
 nothing here may import jax. Read before it: views.py (one element), records.py and scenes.py (the sources).
 """
 
-import contextlib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import Record, RecordSource
@@ -25,6 +24,7 @@ from skysense_jax.data.views import MultiView
 from skysense_jax.modalities import Modality, select
 
 SCENES = "scenes"  # the name of the procedural source
+_LOOKED_AT = 4  # records of each source that are read whole before a run
 MAX_TRIES = 16  # records tried in place of an unreadable one before the run stops
 
 _STATE_KEY = "next_index"
@@ -39,7 +39,7 @@ class Mix:
       scenes: arguments of ``SceneSource``, read only if "scenes" is among the sources.
 
     Raises:
-      ValueError: no sources, a share that is not above 0, an empty dataset, or scenes without a modality they have.
+      ValueError: an empty dataset, or scenes without a modality they have.
     """
 
     def __init__(
@@ -49,10 +49,7 @@ class Mix:
         modalities: Sequence[Modality],
         scenes: Mapping[str, int],
     ):
-        if not sources or not all(share > 0 for _, share in sources):
-            raise ValueError(
-                f"config.data.sources: got {tuple(sources)}; wanted one or more (glob or {SCENES!r}, share above 0)"
-            )
+        assert sources, "told by config_checks.py"
         self.names = tuple(name for name, _ in sources)
         self.shares = tuple(float(share) for _, share in sources)
         rendered = tuple(row.name for row in modalities if row.name in SCENE_MODALITIES)
@@ -249,17 +246,39 @@ class Pipeline:
         return PipelineIterator(self._elements, **self._reading)
 
     def samples(self, count: int) -> list[SampleReader]:
-        """``count`` records read whole, from each source in turn its next readable one; fewer if there are no more."""
+        """``count`` records read whole, from each source in turn its next readable one; fewer if there are no more.
+
+        Unreadable ones are named in the log.
+        """
         found = []
         in_turn = itertools.zip_longest(*map(self._mix.range_of, range(len(self._mix.names))))
         for index in itertools.chain.from_iterable(in_turn):
             if len(found) == count:
                 break
-            with contextlib.suppress(RecordError):
-                if index is not None:
-                    reader = self._mix[index]
-                    found.append(reader.decode() if isinstance(reader, Record) else reader)
+            if index is None:
+                continue
+            try:
+                reader = self._mix[index]
+                found.append(reader.decode() if isinstance(reader, Record) else reader)
+            except RecordError as error:
+                logging.warning("unreadable record skipped: %s: %s", self.describe(index), error)
         return found
+
+    def check_sources(self) -> None:
+        """Decodes some records of each source whole, which the windows of training never are.
+
+        A wrong unit shows in the mean of a sample and is most often that of a whole data set.
+
+        Raises:
+          ValueError: none of a source's can be used; names the source and what is wrong with the first.
+        """
+        for source, name in enumerate(self._mix.names):
+            records = self._mix.range_of(source)
+            reasons = [self.reason(index) for index in records[:: max(1, len(records) // _LOOKED_AT)][:_LOOKED_AT]]
+            if all(reasons):
+                raise ValueError(
+                    f"config.data.sources: {name!r}: none of {len(reasons)} records looked at can be used: {reasons[0]}"
+                )
 
     def describe(self, index: int) -> str:
         """Which file and record, or scene, ``record`` or ``bad_record`` number ``index`` is."""
@@ -283,19 +302,17 @@ def make_pipeline(
     sources: Sequence[Sequence],
     batch_size: int,
     seed: int,
-    num_dates: Any,
+    num_dates: Mapping[str, int],
     photometric_strength: float,
     day_jitter: int,
-    views: Any,
-    scenes: Any,
+    views: Mapping[str, Any],
+    scenes: Mapping[str, int],
     input_threads: int,
     input_workers: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Pipeline:
     """The pipeline of ``config.data`` (``batch_size`` over all processes), ``run.input_threads`` and ``input_workers``.
-
-    ``num_dates``, ``views`` and ``scenes`` may be ConfigDicts, which are no ``Mapping``.
 
     Raises:
       ValueError: an empty dataset, or a field that makes no sense; named in the message.

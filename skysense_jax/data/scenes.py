@@ -168,6 +168,9 @@ class SceneSource:
     def __post_init__(self):
         if self.num_scenes < 1:
             raise ValueError(f"config.data.scenes.num_scenes: got {self.num_scenes}; wanted at least 1")
+        largest = scenes_layout.MAX_EXTENT_CELLS
+        if not 1 <= self.extent_cells <= largest:
+            raise ValueError(f"config.data.scenes.extent_cells: got {self.extent_cells}; wanted 1 to {largest}")
         if self.first_index < 0 or self.seed < 0:
             raise ValueError(
                 f"config.data.scenes: got first_index {self.first_index} and seed {self.seed}; wanted both 0 or greater"
@@ -189,9 +192,17 @@ class SceneSource:
 
 
 def write_records(
-    source: SceneSource, directory: pathlib.Path, *, scenes_per_shard: int, num_processes: int
+    source: SceneSource,
+    directory: pathlib.Path,
+    *,
+    scenes_per_shard: int,
+    num_processes: int,
+    codecs: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
-    """The files written: all scenes of ``source`` as records, in order, ``scenes_per_shard`` a file."""
+    """The files written: all scenes of ``source`` as records, in order, ``scenes_per_shard`` a file.
+
+    ``codecs`` as in ``records.encode_sample``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     starts, paths = range(0, len(source), scenes_per_shard), []
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
@@ -200,14 +211,14 @@ def write_records(
             path = directory / f"scenes-{shard:05d}-of-{len(starts):05d}.array_record"
             indices = range(start, min(start + scenes_per_shard, len(source)))
             with records.ShardWriter(path) as writer:
-                for payload in pool.map(functools.partial(_encode, source), indices, chunksize=8):
+                for payload in pool.map(functools.partial(_encode, source, codecs), indices, chunksize=8):
                     writer.write(payload)
             paths.append(path)
     return paths
 
 
-def _encode(source: SceneSource, i: int) -> bytes:
-    return records.encode_sample(source[i], select(source.modalities))
+def _encode(source: SceneSource, codecs: Mapping[str, str] | None, i: int) -> bytes:
+    return records.encode_sample(source[i], select(source.modalities), codecs=codecs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -219,13 +230,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--extent_cells", type=int, default=24, help="side of a scene in cells of 10 m")
     parser.add_argument("--modalities", nargs="+", default=list(MODALITIES), choices=MODALITIES)
     parser.add_argument("--complete", action="store_true", help="nothing missing: every modality, date and pixel")
+    parser.add_argument("--hr_codec", choices=("jpeg", "png"), default="jpeg", help="visually lossless, or lossless")
     parser.add_argument("--scenes_per_shard", type=int, default=1024)
     parser.add_argument("--num_processes", type=int, default=os.cpu_count())
     options = vars(parser.parse_args(arguments))
-    directory = options.pop("out")
+    directory, codecs = options.pop("out"), {"hr": options.pop("hr_codec")}
     how = {name: options.pop(name) for name in ("scenes_per_shard", "num_processes")}
-    source = SceneSource(**{**options, "modalities": tuple(options["modalities"])})
-    for path in write_records(source, directory, **how):
+    try:
+        source = SceneSource(**{**options, "modalities": tuple(options["modalities"])})
+    except ValueError as error:
+        parser.error(str(error))
+    for path in write_records(source, directory, codecs=codecs, **how):
         print(path)
 
 

@@ -74,12 +74,13 @@ def rectangle(centre: np.ndarray, *, angle: float, length: float, width: float) 
     return centre + np.array([-along - across, along - across, along + across, -along + across])
 
 
-def blob(rng: np.random.Generator, centre: np.ndarray, *, radius: float, stretch: float = 1.4) -> np.ndarray:
+def blob(rng: np.random.Generator, centre: np.ndarray, *, radius: float) -> np.ndarray:
     """[N 2] outline of a rounded irregular shape."""
     turn = np.linspace(0, 2 * np.pi, max(28, int(radius)), endpoint=False)
     wobble = sum(rng.normal(0, 0.22 / k) * np.cos(k * turn + rng.uniform(0, 7)) for k in (2, 3, 4, 6))
     r = radius * np.exp(wobble)
     angle = rng.uniform(0, np.pi)
+    stretch = 1.4
     local = np.stack([r * np.cos(turn) * stretch**0.5, r * np.sin(turn) * stretch**-0.5], -1)
     return centre + local @ np.array([direction(angle), direction(angle + np.pi / 2)])
 

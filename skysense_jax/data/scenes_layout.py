@@ -42,7 +42,7 @@ _RAILWAY_SHARE = dict(agricultural=0.15, forest=0.12, village=0.22, industrial=0
 _RIVER_SHARE = dict(agricultural=0.2, forest=0.22, village=0.2, industrial=0.15, wetland=0.5, coast=0.0, hills=0.08)
 _POND_MEAN = dict(agricultural=0.3, forest=0.3, village=0.25, industrial=0.25, wetland=2.2, coast=0.2, hills=0.15)
 _TREE_GRID_M = 3.3
-_MAX_EXTENT_CELLS = 160  # the crown map numbers at most 2**18 trees
+MAX_EXTENT_CELLS = 160  # the crown map numbers at most 2**18 trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,9 +283,9 @@ def _relief(rng: np.random.Generator, *, extent_cells: int, water: np.ndarray) -
 
 def build(rng: np.random.Generator, *, extent_cells: int) -> Layout:
     """The layout of a scene of ``extent_cells`` x ``extent_cells`` cells, drawn from ``rng`` alone."""
-    if not 1 <= extent_cells <= _MAX_EXTENT_CELLS:
+    if not 1 <= extent_cells <= MAX_EXTENT_CELLS:
         raise ValueError(
-            f"config.data.scenes.extent_cells: got {extent_cells}; wanted 1 to {_MAX_EXTENT_CELLS} cells of 10 m"
+            f"config.data.scenes.extent_cells: got {extent_cells}; wanted 1 to {MAX_EXTENT_CELLS} cells of 10 m"
         )
     plan = Plan(rng, extent_cells=extent_cells)
     shapes = _plan_water(plan)

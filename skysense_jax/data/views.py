@@ -39,9 +39,6 @@ class MultiView:
       anchor_cells, tile_cells: side of the square that holds all views; grid on which its corner lies.
       num_global, global_box_cells, global_cells: views, (smallest, largest) side of their boxes, side after the resize.
       num_local, local_box_cells, local_cells: likewise.
-
-    Raises:
-      ValueError: a modality without number of dates.
     """
 
     def __init__(
@@ -60,12 +57,6 @@ class MultiView:
         local_cells: int,
     ):
         self.modalities = tuple(modalities)
-        for modality in self.modalities:
-            if num_dates.get(modality.name, 0) < 1:
-                raise ValueError(
-                    f"config.data.num_dates: got {dict(num_dates)}; wanted a number of 1 or more for modality "
-                    f"{modality.name!r}"
-                )
         self._num_dates = {modality.name: int(num_dates[modality.name]) for modality in self.modalities}
         self._day_jitter = day_jitter
         self._anchor_cells, self._tile_cells = anchor_cells, tile_cells

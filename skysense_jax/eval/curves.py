@@ -40,7 +40,8 @@ def read_metrics(path: pathlib.Path) -> dict[str, Float[np.ndarray, " S"]]:
 def curves_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Path | None:
     """Path of the picture of all curves over steps, one panel a kind; None if nothing was logged.
 
-    Of keys FEATURES_GRANULARITY the features give the colour and the granularity the dashes.
+    Of keys FEATURES_GRANULARITY the features give the colour and the granularity the dashes. Steps whose batch had none
+    of them are left out.
     """
     series = read_metrics(metrics_path)
     panels = []
@@ -60,7 +61,7 @@ def curves_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Pa
             source, _, granularity = name.rpartition("_")
             source, dash = (source, _DASHES[granularity]) if granularity in _DASHES else (name, "-")
             colour = colours.setdefault(source, f"C{len(colours)}")
-            there = np.isfinite(series[key])
+            there = np.isfinite(series[key]) & _in_batch(series, name)
             marker = "." if there.sum() < 5 else None
             x, y = series["step"][there], series[key][there]
             axes.plot(x, y, dash, color=colour, label=name, linewidth=1.2, marker=marker)
@@ -72,10 +73,19 @@ def curves_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Pa
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         if len(keys) > 1:
-            axes.legend(fontsize=7, ncols=1 + len(keys) // 7, frameon=False)
+            columns = 1 + len(keys) // 13  # beside the curves, which five sensors would hide
+            axes.legend(fontsize=7, ncols=columns, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.03))
     for axes in grid[len(panels) :]:
         axes.axis("off")
     return save(figure, path)
+
+
+def _in_batch(series: dict[str, np.ndarray], features: str) -> np.ndarray:
+    """Steps whose batch held these features: a cross entropy of exactly 0 is one over no row."""
+    there = np.ones(len(series["step"]), bool)
+    for name in (features, f"{features}_pixel"):
+        there &= series.get(f"mgcl/{name}", there) != 0
+    return there
 
 
 def expert_picture(path: pathlib.Path, metrics_path: pathlib.Path) -> pathlib.Path | None:

@@ -152,7 +152,7 @@ def _encode(model: nn.Module, modalities: tuple[Modality, ...], params: Any, win
     out = dict(fused=features.fused[:, 0].astype(jnp.float32), fused_usable=features.fused_usable[:, 0])
     for name, x in features.modality.items():
         usable = features.usable[name][:, 0]
-        total = jnp.einsum("btpqd,btpq->bpqd", x[:, 0].astype(jnp.float32), usable.astype(jnp.float32))
+        total = jnp.where(usable[..., None], x[:, 0].astype(jnp.float32), 0.0).sum(axis=1)
         out[f"modality/{name}"] = total / jnp.maximum(usable.sum(axis=1), 1)[..., None]
         out[f"modality_usable/{name}"] = usable.any(axis=1)
     return replicated(out)

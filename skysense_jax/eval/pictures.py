@@ -40,6 +40,7 @@ from skysense_jax.eval.features import SampleFeatures, num_batch_shards, replica
 from skysense_jax.modalities import OSM, Modality
 from skysense_jax.models.skysense import Features
 
+_MAX_DATES = 3  # of a modality in the picture of views
 _ROW_TITLE_WIDTH = 24  # characters: longer names of samples would run into those of the next row
 
 
@@ -95,27 +96,19 @@ def _draw_ground(axes: Axes, shots: Sequence[tuple[str, Views, int]], images: Se
     axes.set_facecolor(NOTHING)
 
 
-def views_picture(
-    path: pathlib.Path,
-    batch: Batch,
-    modalities: Sequence[Modality],
-    *,
-    sample: int = 0,
-    classes: Sequence[str] = OSM.classes,
-    max_dates: int = 3,
-) -> pathlib.Path:
-    """Path of the picture of all views of one sample: a column a view, a row a modality and date, labels below.
+def views_picture(path: pathlib.Path, batch: Batch, modalities: Sequence[Modality]) -> pathlib.Path:
+    """Path of the picture of all views of a batch's first sample: a column a view, a row a date, labels below.
 
-    ``batch`` is on the host. At most ``max_dates`` present dates of a modality are shown. Hatched: cells that losses
+    ``batch`` is on the host. Of a modality at most three of the dates present are shown. Hatched: cells that losses
     and fusion leave out; where there is a cloud, the backbone sees them.
     """
-    one = jax.tree.map(lambda leaf: np.asarray(leaf)[sample : sample + 1], batch)
+    one = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], batch)
     groups = (("global", one.global_views), ("local", one.local_views))
     shots = [(f"{kind} {v + 1}", views, v) for kind, views in groups for v in range(views.affine.shape[1])]
     rows = []
     for modality in modalities:
         present = np.flatnonzero(one.present[modality.name][0])
-        rows += [(modality, int(date)) for date in present[:max_dates]] or [(modality, None)]
+        rows += [(modality, int(date)) for date in present[:_MAX_DATES]] or [(modality, None)]
 
     figure = new_figure(5.0 + 1.25 * len(shots), 1.25 * (len(rows) + 1) + 1.2)
     ground, table = figure.subfigures(1, 2, width_ratios=(4.6, 1.25 * len(shots)))
@@ -132,16 +125,16 @@ def views_picture(
         when = "not in this sample" if day is None else f"day {day}" if day else "undated"
         panels[0].set_ylabel(f"{modality.name}\n{' '.join(shown_bands(modality))}\n{when}", fontsize=8)
     for (name, views, v), axes, top in zip(shots, grid[-1], grid[0]):
-        show(axes, labels_to_rgb(views.labels[0, v], classes))
+        show(axes, labels_to_rgb(views.labels[0, v], OSM.classes))
         top.set_title(name, fontsize=9)
     grid[-1, 0].set_ylabel("labels", fontsize=8)
     _draw_ground(ground.subplots(), shots, backdrop or [np.full((1, 1, 3), NOTHING)] * len(shots))
-    shares = np.concatenate([views.labels[0, v].reshape(-1, len(classes)) for _, views, v in shots])
-    used = np.flatnonzero(np.bincount(shares.argmax(1)[shares.sum(1) > 0], minlength=len(classes)))
+    shares = np.concatenate([views.labels[0, v].reshape(-1, OSM.num_classes) for _, views, v in shots])
+    used = np.flatnonzero(np.bincount(shares.argmax(1)[shares.sum(1) > 0], minlength=OSM.num_classes))
     hatched = Patch(
         facecolor="none", edgecolor="red", hatch="////", label="cloud or no data: losses and fusion skip it"
     )
-    class_legend(figure, classes, used.tolist(), (hatched,))
+    class_legend(figure, OSM.classes, used.tolist(), (hatched,))
     figure.suptitle(f"Views of record {int(one.record[0])}, before photometric changes", fontsize=11)
     return save(figure, path)
 
@@ -183,7 +176,6 @@ def features_picture(
     *,
     labels: Sequence[Int[np.ndarray, "H W"] | Num[np.ndarray, "H W"] | None],
     names: Sequence[str],
-    classes: Sequence[str] = OSM.classes,
 ) -> pathlib.Path:
     """Path of the picture of features beside imagery: a row a sample; imagery, labels, features as colours.
 
@@ -197,7 +189,7 @@ def features_picture(
     for modality in modalities:
         columns.append([_clearest(f, modality) for f in features])
         titles.append(f"{modality.name}, clearest date\n{' '.join(shown_bands(modality))}")
-    palette = np.concatenate((np.array([NOTHING]), label_colours(classes)))
+    palette = np.concatenate((np.array([NOTHING]), label_colours(OSM.classes)))
     columns.append([palette[ids] if ids is not None else None for ids in labels])
     titles.append("labels")
     for name, values, usable in sources:
@@ -221,7 +213,7 @@ def features_picture(
     for name, axes in zip(names, grid[:, 0]):
         axes.set_ylabel("\n".join(textwrap.wrap(name, _ROW_TITLE_WIDTH)), fontsize=8)
     used = sorted({int(i) - 1 for ids in labels if ids is not None for i in np.unique(ids) if i > 0})
-    class_legend(figure, classes, used)
+    class_legend(figure, OSM.classes, used)
     figure.suptitle("Frozen features of samples; colours: first three principal components", fontsize=11)
     return save(figure, path)
 

@@ -169,25 +169,40 @@ def gather_cells(
     return ProbeCells(np.concatenate(rows), joined, np.concatenate(places))
 
 
-def _probe(
-    read: Callable[[Iterable[SampleReader]], Iterable[tuple[np.ndarray, np.ndarray]]],
-    *,
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Rendered scenes to fit a probe on and, after them, to score it on; the first one's number."""
+
+    first_index: int
+    train: Sequence[scenes.Scene]
+    test: Sequence[scenes.Scene]
+
+
+def held_out_scenes(
     modalities: Sequence[Modality],
+    *,
     seed: int,
     extent_cells: int,
     first_index: int,
     num_train_scenes: int,
     num_test_scenes: int,
-) -> dict[str, float]:
+) -> HeldOut:
+    """Complete scenes of the generator ``seed`` from ``first_index`` on, with what they can show of ``modalities``."""
     names = [m.name for m in modalities if m.name in scenes.MODALITIES]
     render = functools.partial(scenes.render, seed=seed, extent_cells=extent_cells, modalities=names, complete=True)
-    parts, first = [], first_index
-    for count in (num_train_scenes, num_test_scenes):
-        drawn = [render(i) for i in range(first, first + count)]
+    drawn = [render(first_index + i) for i in range(num_train_scenes + num_test_scenes)]
+    return HeldOut(first_index, drawn[:num_train_scenes], drawn[num_train_scenes:])
+
+
+def _probe(
+    held_out: HeldOut, read: Callable[[Iterable[SampleReader]], Iterable[tuple[np.ndarray, np.ndarray]]]
+) -> dict[str, float]:
+    parts, first = [], held_out.first_index
+    for drawn in (held_out.train, held_out.test):
         features, usable = zip(*read(scene.sample for scene in drawn))
         labels, attributes = [s.sample.labels for s in drawn], [s.attributes for s in drawn]
         parts.append(gather_cells(features, usable, labels, attributes, first_scene=first))
-        first += count
+        first += len(drawn)
     scores = {task: linear_probe(*parts, task=task) for task in parts[0].targets}
     return {f"{task}/{name}": value for task, s in scores.items() for name, value in dataclasses.asdict(s).items()}
 
@@ -196,17 +211,16 @@ def probe_scenes(
     model: nn.Module,
     params: Any,
     modalities: Sequence[Modality],
+    held_out: HeldOut,
     *,
     cells: int,
     num_dates: Mapping[str, int],
     batch_size: int,
-    **which: int,
 ) -> dict[str, float]:
     """``{task/miou, task/accuracy}`` of a linear probe on frozen fused features of procedural scenes.
 
-    ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``; ``which`` scenes: ``seed`` and
-    ``extent_cells`` of the generator, ``first_index``, ``num_train_scenes``, and after them ``num_test_scenes``.
-    NaN where the scenes hold nothing to tell apart.
+    ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``. NaN where the scenes hold nothing to
+    tell apart.
     """
 
     def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -215,10 +229,12 @@ def probe_scenes(
         )
         return ((f.fused, f.fused_usable) for f in found)
 
-    return _probe(read, modalities=modalities, **which)
+    return _probe(held_out, read)
 
 
-def probe_raw_bands(modalities: Sequence[Modality], *, num_dates: Mapping[str, int], **which: int) -> dict[str, float]:
+def probe_raw_bands(
+    modalities: Sequence[Modality], held_out: HeldOut, *, num_dates: Mapping[str, int]
+) -> dict[str, float]:
     """The same scores as ``probe_scenes``, of ``raw_bands``: the baseline that needs no network."""
 
     def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -227,4 +243,4 @@ def probe_raw_bands(modalities: Sequence[Modality], *, num_dates: Mapping[str, i
             clear = [whole.cell_usable[m.name].any(axis=0) for m in modalities]
             yield raw_bands(whole, modalities), np.any(clear, axis=0)
 
-    return _probe(read, modalities=modalities, **which)
+    return _probe(held_out, read)

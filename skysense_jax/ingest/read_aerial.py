@@ -70,6 +70,8 @@ def _read_naip(path: pathlib.Path, row: Modality) -> Sample:
             raise Refused(f"bands missing: {' '.join(missing)}; there are {' '.join(sorted(file))}")
         pixels = np.stack([file[name][:] for name in _NAIP_BANDS], -1)
     valid = np.isfinite(pixels).all(-1)
+    if not valid.any():
+        raise Refused("no pixel is a number in all bands")
     if not (pixels[valid].min() >= 0 and pixels[valid].max() <= 1):
         raise Refused(f"values {pixels[valid].min():.3g} to {pixels[valid].max():.3g}; wanted shares 0-1 of 255")
     raster = Raster(
@@ -79,6 +81,8 @@ def _read_naip(path: pathlib.Path, row: Modality) -> Sample:
         crs=_NOWHERE,
     )
     cells = own_cells(*valid.shape, pixel_size_m=_NAIP_GSD_M)
+    if cells < 1:
+        raise Refused(f"{valid.shape[0]} x {valid.shape[1]} pixels of {_NAIP_GSD_M:g} m hold no whole 10 m cell")
     square = Square(west=5e5, north=4e6, cells=cells, crs=_NOWHERE)
     image = resample(raster, square, pixels_per_cell=row.pixels_per_cell, dtype=row.dtype)
     return Sample(

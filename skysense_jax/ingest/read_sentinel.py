@@ -146,8 +146,10 @@ def _read_patch(folder: pathlib.Path) -> Sample:
     files = {key: sorted(folder.glob(f"S2_L2A_{key}_*.nc")) for key in _PATCH_BANDS}
     radar = sorted(folder.glob("S1_GRD-*_20m_*.nc"))
     for key, found in files.items():
-        if len(found) != 1:
-            raise Refused(f"{len(found)} files S2_L2A_{key}_*.nc: bands {' '.join(_PATCH_BANDS[key])} are missing")
+        if not found:
+            raise Refused(f"no file S2_L2A_{key}_*.nc: bands {' '.join(_PATCH_BANDS[key])} are missing")
+        if len(found) > 1:
+            raise Refused(f"{len(found)} files S2_L2A_{key}_*.nc; wanted one")
     if len(radar) != 1:
         raise Refused(f"{len(radar)} files S1_GRD-*_20m_*.nc; wanted one (bands VV VH)")
     bands, days = {}, {}

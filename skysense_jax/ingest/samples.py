@@ -148,9 +148,9 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
         for item in items:
             claimed.update(item.files)
             try:
-                samples = list(item.read())
+                samples = _read(item)
                 encoded = [encode_sample(sample, modalities) for sample in samples]  # all of a place, or nothing
-            except (Refused, RecordError, OSError) as error:  # OSError: a file that its library cannot open
+            except (Refused, RecordError) as error:
                 kind.rejected += 1
                 rejected.append(Rejected(str(item.path.relative_to(source)), str(error)))
                 continue
@@ -169,6 +169,16 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
     report = Report(kinds=kinds, rejected=rejected)
     (out / "statistics.json").write_text(json.dumps(report.statistics(), indent=1) + "\n")
     return report
+
+
+def _read(item: Item) -> list[Sample]:
+    """The samples of one place; whatever its library says of a file must not cost the other places."""
+    try:
+        return list(item.read())
+    except (Refused, RecordError, MemoryError):
+        raise
+    except Exception as error:
+        raise Refused(f"{type(error).__name__}: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

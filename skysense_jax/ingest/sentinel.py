@@ -96,10 +96,10 @@ def remove_offset(
     return np.where(valid[..., None], np.clip(shifted, low, high), 0).astype(np.uint16)
 
 
-def decibels(power: Num[np.ndarray, "*N"], *, floor_db: float = S1_FLOOR_DB) -> Num[np.ndarray, "*N"]:
+def decibels(power: Num[np.ndarray, "*N"]) -> Num[np.ndarray, "*N"]:
     """10 log10 of linear power, never below the floor; NaN where the power is no number above 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        db = np.maximum(10 * np.log10(power), floor_db)
+        db = np.maximum(10 * np.log10(power), S1_FLOOR_DB)
     return np.where(np.isfinite(power) & (power > 0), db, np.nan)
 
 

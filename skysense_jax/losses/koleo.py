@@ -19,7 +19,7 @@ def koleo(features: Float[Array, "B V D"], valid: Bool[Array, "B V"]) -> Term:
     x = unit(jnp.swapaxes(features, 0, 1))  # V B D
     valid = valid.T
     others = valid[:, None, :] & valid[:, :, None] & ~jnp.eye(x.shape[1], dtype=bool)
-    cosine = jnp.einsum("vid,vjd->vij", jax.lax.stop_gradient(x), jax.lax.stop_gradient(x))
+    cosine = jnp.einsum("vid,vjd->vij", *(jax.lax.stop_gradient(x),) * 2, precision=jax.lax.Precision.HIGHEST)
     nearest = jnp.where(others, cosine, -jnp.inf).argmax(-1)
     distance2 = jnp.square(x - jnp.take_along_axis(x, nearest[..., None], axis=1)).sum(-1)
     weight = others.any(-1).astype(jnp.float32)

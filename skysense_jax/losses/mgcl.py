@@ -11,7 +11,7 @@ Student and teacher features of the same ground are compared at pixel, object an
       image:  mean of student tokens against mean of teacher tokens
       every row: CE(head(s(student row)), Sinkhorn over all rows of the granularity(head(s(teacher row)))), where
               s standardises by the teacher's rows of the granularity
-    per granularity the mean over valid rows
+    per granularity the mean over valid rows of all dates (a date with more clear ground weighs more [our choice])
 
 A token s counts if it is usable and all teacher tokens it reads are; the object granularity's clustering and the
 numbers of positions and clusters are our choice. In shapes, Ns, Nt, Nd as in matching.py, Nc clusters, n rows.
@@ -48,7 +48,7 @@ _CLUSTER_TEMPERATURE = 0.1  # of cosine similarities in the clustering [our choi
 _CLUSTER_SINKHORN_ITERATIONS = 3
 _HIDDEN_SHARE = 1e-4  # of bilinear weight on unusable teacher tokens that rounding may leave
 
-_einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)  # noqa: E731  # geometry and means: fp32
+_einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)  # noqa: E731  # fp32
 
 
 @jax.tree_util.register_dataclass
@@ -228,16 +228,16 @@ def cluster(
     rank = jnp.cumsum(usable, axis=1) - 1
     seeds = ((jnp.arange(num_clusters) + 0.5) / num_clusters * usable.sum(1, keepdims=True)).astype(jnp.int32)
     is_seed = (rank[:, None, :] == seeds[:, :, None]) & usable[:, None, :]
-    centroids = jnp.einsum("icn,ind->icd", is_seed.astype(jnp.float32), x)
+    centroids = _einsum("icn,ind->icd", is_seed.astype(jnp.float32), x)
     balanced = jax.vmap(
         lambda scores, valid: sinkhorn(
             scores, valid, temperature=_CLUSTER_TEMPERATURE, iterations=_CLUSTER_SINKHORN_ITERATIONS
         )
     )
-    assignment = balanced(jnp.einsum("ind,icd->inc", x, centroids), usable)
+    assignment = balanced(_einsum("ind,icd->inc", x, centroids), usable)
     for _ in range(iterations - 1):
-        centroids = unit(jnp.einsum("inc,ind->icd", assignment, x))
-        assignment = balanced(jnp.einsum("ind,icd->inc", x, centroids), usable)
+        centroids = unit(_einsum("inc,ind->icd", assignment, x))
+        assignment = balanced(_einsum("ind,icd->inc", x, centroids), usable)
     return assignment.reshape(*shape, num_clusters)
 
 

@@ -27,8 +27,6 @@ from skysense_jax.models.tokenizers import Tokenizer
 from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.sharding import EMBED, LAYERS, UNSHARDED, constrain_batch
 
-REMAT = ("none", "blocks")
-
 
 @struct.dataclass
 class BackboneOutput:
@@ -85,7 +83,10 @@ class Backbone(nn.Module):
     compute_dtype: Any = jnp.float32
 
     def setup(self):
-        self._check_fields()
+        assert self.merging in ("averaged", "separate"), self.merging  # what a person may ask for: config_checks.py
+        assert self.remat in ("none", "blocks"), self.remat
+        assert self.width % self.head_width == self.head_width % 4 == 0, (self.width, self.head_width)
+        assert self.num_moe_blocks <= sum(self.depths[2:]), (self.num_moe_blocks, self.depths)
         dtype, widths = self.compute_dtype, [self.width * 2**stage for stage in range(4)]
         self.tokenizer = {m.name: Tokenizer(m.patch, self.width, dtype) for m in self.modalities}
         for stage in (1, 2):
@@ -126,22 +127,6 @@ class Backbone(nn.Module):
             setattr(self, f"stage{stage}", GlobalBlock(**common))
         if moe_depth:
             setattr(self, f"stage{stage}_experts", GlobalBlock(**common, **experts))
-
-    def _check_fields(self):
-        where = "config.model.backbone"
-        if self.merging not in ("averaged", "separate"):
-            raise ValueError(f'{where}.merging: got {self.merging!r}; wanted "averaged" or "separate"')
-        if self.remat not in REMAT:
-            raise ValueError(f"config.efficiency.remat: got {self.remat!r}; wanted one of {REMAT}")
-        if self.width % self.head_width or self.head_width % 4:
-            raise ValueError(
-                f"{where}.head_width: got {self.head_width}; wanted a multiple of 4 that divides width {self.width}"
-            )
-        if self.num_moe_blocks > sum(self.depths[2:]):
-            raise ValueError(
-                f"{where}.num_moe_blocks: got {self.num_moe_blocks}; wanted at most the blocks of stages 3 and 4, "
-                f"{sum(self.depths[2:])}"
-            )
 
     def _segment_depths(self, stage: int) -> tuple[int, int]:
         after = sum(self.depths[stage:])

@@ -54,9 +54,13 @@ class Fusion(nn.Module):
         ``train`` turns on drop path (key "drop_path", asked for only if ``drop_path`` is above 0).
 
         Raises:
-          ValueError: an unknown modality, or a head width that does not divide the width.
+          ValueError: an unknown modality.
         """
-        self._check_fields(features)
+        assert self.width % self.head_width == 0, (self.width, self.head_width)
+        if not features or not set(features) <= set(self.modalities):
+            raise ValueError(
+                f"config.data.modalities: got features of {sorted(features)}; wanted one or more of {self.modalities}"
+            )
         dtype = self.compute_dtype
         project = Dense(self.width, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="project")
         table = lambda name, shape: self.param(name, partitioned(VECTOR_INIT, *(UNSHARDED,) * len(shape)), shape)  # noqa: E731
@@ -82,16 +86,6 @@ class Fusion(nn.Module):
         fused = LayerNorm(compute_dtype=dtype, name="norm")(x[:, :, 0])
         to_grid = lambda x: x.reshape(batch, views, rows, columns, *x.shape[2:])  # noqa: E731
         return to_grid(fused), to_grid(any_usable)
-
-    def _check_fields(self, features):
-        if not features or not set(features) <= set(self.modalities):
-            raise ValueError(
-                f"config.data.modalities: got features of {sorted(features)}; wanted one or more of {self.modalities}"
-            )
-        if self.width % self.head_width:
-            raise ValueError(
-                f"config.model.fusion.head_width: got {self.head_width}; wanted a divisor of width {self.width}"
-            )
 
     def _scan(self, x, valid, train):
         """All blocks, one after the other; their parameters are stacked under "blocks"."""

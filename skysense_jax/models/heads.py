@@ -47,7 +47,7 @@ class ProjectionHead(nn.Module):
         x = Dense(self.bottleneck_dim, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="bottleneck")(x)
         init = partitioned(VECTOR_INIT, PROTOTYPES, UNSHARDED)
         prototypes = self.param("prototypes", init, (self.num_prototypes, self.bottleneck_dim))
-        return jnp.einsum("...d,zd->...z", unit(x), unit(prototypes))
+        return jnp.einsum("...d,zd->...z", unit(x), unit(prototypes), precision=jax.lax.Precision.HIGHEST)
 
 
 class TextHead(nn.Module):

@@ -35,14 +35,8 @@ class QueryDecoder(nn.Module):
         """What each query gathers from the usable cells of each view, and where from: its attention, mean over heads.
 
         The attention is None unless asked for. A view without a usable cell gives finite values that mean nothing.
-
-        Raises:
-          ValueError: a head width that does not divide the width.
         """
-        if self.width % self.head_width:
-            raise ValueError(
-                f"config.model.fusion.head_width: got {self.head_width}; wanted a divisor of width {self.width}"
-            )
+        assert self.width % self.head_width == 0, (self.width, self.head_width)
         dtype = self.compute_dtype
         norm = lambda name, x: LayerNorm(compute_dtype=dtype, name=name)(x)  # noqa: E731
         dense = lambda name, x, axes: Dense(self.width, axes=axes, compute_dtype=dtype, name=name)(x)  # noqa: E731

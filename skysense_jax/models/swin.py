@@ -116,7 +116,7 @@ class SwinBlock(nn.Module):
 
     Attributes:
       window: tokens along a window's side; a smaller grid is one window (for a grid with unequal sides of which one is
-        below the window, ``transformers`` looks at the rows alone, this at the shorter side).
+        at or below the window, ``transformers`` looks at the rows alone, this at the shorter side).
       shifted: whether windows are moved by half their side; not on a grid that is one window.
     """
 

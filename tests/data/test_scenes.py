@@ -330,8 +330,24 @@ def test_scenes_wrong_arguments_are_named():
         scenes.SceneSource(num_scenes=2, first_index=-1)
 
 
+def test_command_with_a_wrong_number_ends_with_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        scenes.main([f"--out={tmp_path / 'out'}", "--num_scenes=2", "--extent_cells=200"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("extent_cells: got 200; wanted 1 to 160")
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_writes_records_that_read_back(tmp_path, capsys):
-    scenes.main([f"--out={tmp_path}", "--num_scenes=5", "--extent_cells=3", "--scenes_per_shard=2", "--complete"])
+    scenes.main(
+        [
+            f"--out={tmp_path}",
+            "--num_scenes=5",
+            "--extent_cells=3",
+            "--scenes_per_shard=2",
+            "--complete",
+            "--hr_codec=png",
+        ]
+    )
     files = sorted(str(path) for path in tmp_path.iterdir())
     assert capsys.readouterr().out.split() == files
     source = records.RecordSource(files, tuple(MODALITIES.values()))
@@ -340,7 +356,8 @@ def test_command_writes_records_that_read_back(tmp_path, capsys):
         sample, scene = source[index].decode(), scenes.render(index, seed=0, extent_cells=3, complete=True)
         assert sample.id == scene.sample.id
         np.testing.assert_array_equal(sample.labels, scene.sample.labels)
-        np.testing.assert_array_equal(sample.series["s2"].images, scene.sample.series["s2"].images)
+        for name, series in scene.sample.series.items():  # "hr" too: lossless
+            np.testing.assert_array_equal(sample.series[name].images, series.images)
 
 
 def test_write_records_any_number_of_processes_writes_the_same_files(tmp_path):

@@ -351,16 +351,3 @@ def test_views_decode_every_date_once():
     make_views()(reader, np.random.default_rng(0))
     assert len(reader.calls) == len(set(reader.calls)) == sum(NUM_DATES.values())
     assert len({square for _, _, square in reader.calls}) == 1
-
-
-BAD_ARGUMENTS = {
-    "dates": (dict(num_dates=dict(hr=1, s2=3)), "config.data.num_dates: .* for modality 's1'"),
-    "no dates": (dict(num_dates=dict(hr=1, s2=3, s1=0)), "config.data.num_dates: .* for modality 's1'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_views_arguments_that_make_no_sense_are_refused(case):
-    arguments, message = BAD_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=message):
-        make_views(**arguments)

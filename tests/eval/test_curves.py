@@ -34,6 +34,16 @@ def test_pictures_of_a_run_without_experts_are_curves_only(tmp_path):
     assert not (tmp_path / "experts.png").exists()
 
 
+def test_curves_leave_out_steps_whose_batch_had_none_of_the_features(tmp_path, monkeypatch):
+    numbers = {"mgcl/pan_pixel": [4.0, 0.0, 3.0], "target_entropy/pan_pixel": [2.0, 0.0, 1.0], "loss": [0.0, 1.0, 0.0]}
+    records = [{"step": i + 1, **{key: values[i] for key, values in numbers.items()}} for i in range(3)]
+    drawn = []
+    save = lambda figure, path: drawn.extend(line.get_xdata().tolist() for a in figure.axes for line in a.lines)  # noqa: E731
+    monkeypatch.setattr(curves, "save", save)
+    curves.curves_picture(tmp_path / "curves.png", _write(tmp_path / "m.jsonl", records))
+    assert drawn == [[1, 2, 3], [1, 3], [1, 3]]
+
+
 def test_pictures_of_an_empty_run_are_none(tmp_path):
     assert curves.curves_picture(tmp_path / "curves.png", _write(tmp_path / "m.jsonl", [])) is None
 

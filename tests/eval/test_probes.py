@@ -125,7 +125,7 @@ def test_probe_raw_bands_on_scenes_splits_them_and_scores_every_task(monkeypatch
     monkeypatch.setattr(scenes, "render", lambda index, **options: drawn.append(index) or real(index, **options))
     which = dict(seed=5, extent_cells=8, first_index=70, num_train_scenes=4, num_test_scenes=2)
     rows = modalities.select(("s2", "s1"))
-    scores = probes.probe_raw_bands(rows, num_dates=dict(s2=2, s1=1), **which)
+    scores = probes.probe_raw_bands(rows, probes.held_out_scenes(rows, **which), num_dates=dict(s2=2, s1=1))
     assert drawn == list(range(70, 76))
     tasks = {"osm", "crop_type", "roof_material", "forest_type"}
     assert set(scores) == {f"{task}/{name}" for task in tasks for name in ("miou", "accuracy")}

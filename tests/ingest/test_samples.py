@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import warnings
 
 import h5py
@@ -12,6 +13,7 @@ import pytest
 import rasterio
 import shapely
 import shapely.geometry
+from conftest import rows
 from rasterio.errors import NotGeoreferencedWarning
 
 from configs import real_mix
@@ -346,6 +348,24 @@ def test_convert_without_a_sample_is_refused_with_all_reasons(tmp_path):
     assert "aerial_hr/b.png: no coordinate system" in message
     assert "aerial_hr/c.xyz: no reader" in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_convert_a_file_that_cannot_be_read_costs_only_itself(made_up, tmp_path):
+    source = tmp_path / "source"
+    for folder in ("chesapeake_naip_1m", "spacenet_samples"):
+        shutil.copytree(made_up / folder, source / folder)
+    chips = source / "chesapeake_naip_1m" / "geobench"
+    for name, chip in (("nothing", np.full((64, 64), np.nan)), ("small", np.full((8, 8), 0.5))):
+        with h5py.File(chips / f"{name}.hdf5", "w") as file:
+            file.update(dict.fromkeys(("Red", "Green", "Blue", "NearInfrared"), chip))
+    (source / "spacenet_samples" / "geotiff_labels.geojson").write_text('{"features": [')
+    report = samples.convert(source, tmp_path / "out", modalities=rows())
+    reasons = {entry.file.rsplit("/")[-1]: entry.reason for entry in report.rejected}
+    assert reasons.pop("nothing.hdf5") == "no pixel is a number in all bands"
+    assert reasons.pop("small.hdf5") == "8 x 8 pixels of 1 m hold no whole 10 m cell"
+    assert reasons.pop("sample_geotiff.tif").startswith("JSONDecodeError: ")
+    assert not reasons
+    assert report.kinds["naip"].samples == 2
 
 
 def test_convert_a_folder_of_something_else_is_refused(tmp_path):

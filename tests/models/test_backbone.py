@@ -221,20 +221,6 @@ def test_drop_path_is_per_image_and_keeps_the_mean():
     assert abs(y.mean() - 1) < 0.04
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(merging="mean"), "model.backbone.merging.*mean"),
-        (dict(remat="all"), "efficiency.remat.*all"),
-        (dict(head_width=6), "head_width: got 6"),
-        (dict(num_moe_blocks=9), "num_moe_blocks: got 9"),
-    ],
-)
-def test_bad_field_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(Backbone(ALL, **{**FIELDS, **change}).init, jax.random.key(0), *_shapes(), train=False)
-
-
 def test_bad_images_are_refused():
     model = Backbone(ALL, **FIELDS, **MOE)
     run = lambda i, v: jax.eval_shape(lambda p: model.apply(p, i, v, train=False), _params())  # noqa: E731

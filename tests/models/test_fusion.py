@@ -136,13 +136,7 @@ def test_fusion_huge_has_the_papers_number_of_parameters():
     sharding.tree_shardings(boxed, sharding.make_mesh(1, 4, 2, 1))
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (FUSION.clone(modalities=("hr",)), r"config.data.modalities: got features of \['hr', 's1', 's2'\]; wanted"),
-        (FUSION.clone(head_width=5), r"config.model.fusion.head_width: got 5; wanted a divisor of width 16"),
-    ],
-)
-def test_fusion_wrong_fields_say_so(module, message):
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), *INPUTS)
+def test_fusion_unknown_modality_is_refused():
+    init = functools.partial(FUSION.clone(modalities=("hr",)).init, train=False)
+    with pytest.raises(ValueError, match=r"config.data.modalities: got features of \['hr', 's1', 's2'\]; wanted"):
+        jax.eval_shape(init, jax.random.key(0), *INPUTS)

@@ -1,7 +1,6 @@
 """The query decoder against PyTorch's pre-norm decoder layer, masks, and permuted queries."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -82,8 +81,3 @@ def test_query_decoder_masked_cells_change_nothing_and_none_usable_is_finite(par
     features, attention = apply({"params": params}, CELLS, USABLE & False, return_attention=True)
     assert np.isfinite(features).all()
     assert np.isfinite(attention).all()
-
-
-def test_query_decoder_wrong_head_width_says_so():
-    with pytest.raises(ValueError, match=r"config.model.fusion.head_width: got 3; wanted a divisor of width 8"):
-        DECODER.clone(head_width=3).init(jax.random.key(0), jnp.asarray(CELLS), jnp.asarray(USABLE))

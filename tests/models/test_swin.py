@@ -10,8 +10,12 @@ import torch
 from transformers.models.swinv2.configuration_swinv2 import Swinv2Config
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchMerging, Swinv2Stage
 
+from skysense_jax import sharding
+from skysense_jax.modalities import MODALITIES
+from skysense_jax.models.backbone import Backbone
 from skysense_jax.models.merging import PatchMerging
 from skysense_jax.models.swin import SwinBlock
+from skysense_jax.models.tokenizers import Tokenizer
 
 WIDTH, NUM_HEADS, WINDOW = 64, 2, 8
 
@@ -152,6 +156,53 @@ def test_swin_stage_with_merging_equals_transformers_in_values_and_gradients():
     np.testing.assert_allclose(merged.reshape(wanted.shape), wanted.detach(), atol=1e-5)
     np.testing.assert_allclose(x_gradient.reshape(torch_x.shape), torch_x.grad, atol=1e-5)
     _assert_close(params_gradient, stage_params(_gradients(stage)))
+
+
+def test_backbone_runs_its_swin_stages_as_transformers_does():
+    """Two blocks a stage, so that every other one is shifted; the second stage's 12 rows are padded to 16."""
+    model, grids = Backbone((MODALITIES["hr"],), width=WIDTH, depths=(2, 2, 1, 1), window=WINDOW), ((24, 32), (12, 16))
+    stages = [
+        _randomise(
+            Swinv2Stage(_config(), WIDTH * 2**i, grid, 2, NUM_HEADS * 2**i, [0.0] * 2, Swinv2PatchMerging), seed=i
+        )
+        for i, grid in enumerate(grids)
+    ]
+    rng = np.random.default_rng(3)
+    images = {"hr": jnp.asarray(rng.normal(size=(2, 1, 96, 128, 3)), jnp.float32)}
+    valid = {"hr": jnp.ones((2, 1, 24, 32), bool)}
+    probe = rng.normal(size=(2, 1, 12, 16, 2 * WIDTH)).astype(np.float32) / 10
+    params = sharding.unbox(jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images, valid))
+
+    def swin_params(stages):
+        first, second = stages
+        merging = {"kernel": _array(first.downsample.reduction.weight).T, "norm": _norm(first.downsample.norm)}
+        blocks = {
+            f"stage{s}_{i}": _block_params(b) for s, x in ((1, first), (2, second)) for i, b in enumerate(x.blocks)
+        }
+        return {**blocks, "merging_2": merging}
+
+    @jax.jit
+    def ours(swin):
+        def loss(swin):
+            out = model.apply({"params": {**params["params"], **swin}}, images, valid, train=False, return_stages=True)
+            return (out.stages["hr"][1] * probe).sum(), out.stages["hr"][:2]
+
+        return jax.grad(loss, has_aux=True)(swin)
+
+    gradient, after_stage = ours(swin_params(stages))
+
+    tokenizer = {"params": params["params"]["tokenizer_hr"]}
+    tokens = Tokenizer(MODALITIES["hr"].patch, WIDTH).apply(tokenizer, images["hr"])
+    x, wanted = torch.tensor(np.asarray(tokens).reshape(2, -1, WIDTH), dtype=torch.float64), []
+    for stage, grid in zip(stages, grids):
+        merged, before_merging = stage.double()(x, grid)[:2]
+        wanted, x = [*wanted, before_merging], merged
+    (wanted[1] * torch.tensor(probe).reshape(wanted[1].shape)).sum().backward()
+    for got, want in zip(after_stage, wanted):
+        np.testing.assert_allclose(got.reshape(want.shape), want.detach(), atol=1e-5)
+    for parameter in stages[1].downsample.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # comes after what is compared
+    _assert_close(gradient, swin_params([_gradients(stage) for stage in stages]))
 
 
 def test_swin_block_masked_tokens_change_nothing_and_all_masked_is_finite():
