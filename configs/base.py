@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
 
     config.data = dict(
         modalities=("hr", "s2", "s1"),  # rows of skysense_jax/modalities.py
-        new_modalities=(),  # further rows, each a dict of the arguments of modalities.Modality
+        new_modalities=(),  # further rows, each a dict of modalities.Modality's arguments; each needs a num_dates
         sources=(("scenes", 1.0),),  # (glob of .array_record files or "scenes", share of the mix)
         batch_size=1024,  # samples a step, over all devices [P]
         seed=0,  # order of samples, crops, dates

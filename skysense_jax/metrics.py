@@ -100,7 +100,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ValueError(
                 f"config.run.wandb_project is {project!r}, but the package wandb is not installed: "
-                'pip install "skysense-jax[wandb]", or set config.run.wandb_project=""'
+                'pip install --editable ".[wandb]", or set config.run.wandb_project=""'
             ) from error
         id_file = workdir / "wandb_id.txt"
         if not id_file.exists():

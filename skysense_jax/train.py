@@ -234,6 +234,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             start, state = restored.step, restored.state
             source.set_state(restored.data_state)
         logging.info("starting at step %d of %d", start, config.optim.num_steps)
+        if start < config.optim.num_steps:
+            logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
+        else:
+            logging.info("no step is left: pictures and probe only; config.optim.num_steps goes on for longer")
 
         # ---- outputs
         settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
@@ -372,6 +376,7 @@ def print_dry_run(config: ConfigDict) -> None:
     few.data.batch_size, few.run.input_workers, few.run.input_threads = jax.process_count(), 0, 1
     with contextlib.closing(iter(make_pipeline(few))) as source:
         element = next(source)
+    make_pipeline(few).check_sources()
     shapes = dry_run.batch_shapes(run.modalities, **{k: few.data[k] for k in _BATCH_FIELDS})
     dry_run.check_element(element, shapes, num_processes=jax.process_count())
     print(dry_run.batch_text(element, run.modalities))
@@ -396,10 +401,12 @@ def main(argv: list[str]) -> None:
             print_dry_run(_CONFIG.value)
         elif _WORKDIR.value is None:
             raise ValueError("--workdir: got nothing; wanted the directory of the run")
+        elif pathlib.Path(_WORKDIR.value).is_file():
+            raise ValueError(f"--workdir: got the file {_WORKDIR.value}; wanted the directory of the run")
         else:
             train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve())
-    except ValueError as error:  # most often a person's mistake: its message says what to change, and comes last
-        logging.error("", exc_info=True)
+    except ValueError as error:  # most often a person's mistake, whose message says what to change
+        logging.debug("where it was raised (--verbosity=1):", exc_info=True)
         sys.exit(f"error: {error}")
 
 

@@ -286,13 +286,13 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.student)
-        student = optax.apply_updates(state.student, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        student = keep(optax.apply_updates(state.student, updates), state.student)
         momentum = schedules.ema_momentum(state.step)
         average = jax.tree.map(lambda t, s: momentum * t + (1 - momentum) * s, state.teacher, student)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = TrainState(
             step=state.step + 1,
-            student=keep(student, state.student),
+            student=student,
             teacher=keep(average, state.teacher),
             optimizer=keep(optimizer_state, state.optimizer),
             nonfinite_in_row=jnp.where(finite, 0, state.nonfinite_in_row + 1),

@@ -83,7 +83,7 @@ def test_resume_drops_later_steps_and_a_line_cut_off(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 66.0)]
     assert metrics.read_json_lines(tmp_path / "metrics.jsonl") == lines(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
-    assert events(tmp_path)[1] == [5]  # a viewer hides what was written from here on
+    assert events(tmp_path)[1][-1] == 5  # a viewer hides what was written from here on (one file if in one second)
 
 
 def test_start_afresh_in_a_directory_without_checkpoint_drops_everything(tmp_path):
@@ -102,7 +102,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import then fails as if it were not installed
-    with pytest.raises(ValueError, match=r'config.run.wandb_project is \'p\'.*pip install "skysense-jax\[wandb\]"'):
+    with pytest.raises(ValueError, match=r'config.run.wandb_project is \'p\'.*pip install --editable ".\[wandb\]"'):
         metrics.open_writers(tmp_path / "run", wandb_project="p")
     assert list((tmp_path / "run").iterdir()) == []
 

@@ -8,6 +8,7 @@ window and only the drawn dates are decoded. Every block's CRC-32 is in the head
 Blocks: codecs.py. What is accepted: checks.py. Next: views.py, which cuts training views out of a ``SampleReader``.
 """
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -410,11 +411,10 @@ class RecordSource:
 
 
 def _count_records(file: str) -> int:
+    if os.path.isdir(file):
+        raise ValueError(f"config.data.sources: {file} is a folder; wanted a glob of files: {file}/*.array_record")
     try:
-        reader = array_record_module.ArrayRecordReader(file)
-        try:
+        with contextlib.closing(array_record_module.ArrayRecordReader(file)) as reader:
             return reader.num_records()
-        finally:
-            reader.close()
     except Exception as error:
         raise ValueError(f"config.data.sources: {file} is no whole ArrayRecord file: {error}") from error

@@ -222,7 +222,9 @@ def _encode(source: SceneSource, codecs: Mapping[str, str] | None, i: int) -> by
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m skysense_jax.data.scenes", description=write_records.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m skysense_jax.data.scenes", description="Procedural scenes as record files."
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory; made if it is not there")
     parser.add_argument("--num_scenes", type=int, required=True)
     parser.add_argument("--first_index", type=int, default=0)
@@ -240,6 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         source = SceneSource(**{**options, "modalities": tuple(options["modalities"])})
     except ValueError as error:
         parser.error(str(error))
+    if there := sorted(directory.glob("*.array_record")):
+        parser.error(
+            f"--out: {directory} holds {len(there)} record files, which a glob would read too; wanted a new folder"
+        )
     for path in write_records(source, directory, codecs=codecs, **how):
         print(path)
 

@@ -417,6 +417,8 @@ def test_source_without_files_or_records_is_an_empty_dataset(tmp_path):
         pass
     with pytest.raises(ValueError, match=r"empty dataset: the 1 files of .*empty\*' hold no record"):
         RecordSource(str(tmp_path / "empty*"), ROWS)
+    with pytest.raises(ValueError, match=r"is a folder; wanted a glob of files: .*/\*\.array_record"):
+        RecordSource(str(tmp_path), ROWS)
     (tmp_path / "cut.array_record").write_bytes(b"")
     with pytest.raises(ValueError, match=r"cut\.array_record is no whole ArrayRecord file"):
         RecordSource(str(tmp_path / "cut*"), ROWS)

@@ -350,6 +350,9 @@ def test_command_writes_records_that_read_back(tmp_path, capsys):
     )
     files = sorted(str(path) for path in tmp_path.iterdir())
     assert capsys.readouterr().out.split() == files
+    with pytest.raises(SystemExit):
+        scenes.main([f"--out={tmp_path}", "--num_scenes=5"])
+    assert "holds 3 record files" in capsys.readouterr().err
     source = records.RecordSource(files, tuple(MODALITIES.values()))
     assert len(source) == 5
     for index in range(5):

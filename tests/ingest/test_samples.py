@@ -13,7 +13,6 @@ import pytest
 import rasterio
 import shapely
 import shapely.geometry
-from conftest import rows
 from rasterio.errors import NotGeoreferencedWarning
 
 from configs import real_mix
@@ -21,7 +20,7 @@ from skysense_jax import config as run_config
 from skysense_jax.data.pipeline import Mix, make_pipeline
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest import samples
-from skysense_jax.modalities import MODALITIES, OSM
+from skysense_jax.modalities import MODALITIES, OSM, select
 
 TREE = "treesatai_ts_sample/Abies_alba_1_1005_WEFL_NLF"
 PATCH = "worldcereal_patches/00002806639B424A"
@@ -359,7 +358,8 @@ def test_convert_a_file_that_cannot_be_read_costs_only_itself(made_up, tmp_path)
         with h5py.File(chips / f"{name}.hdf5", "w") as file:
             file.update(dict.fromkeys(("Red", "Green", "Blue", "NearInfrared"), chip))
     (source / "spacenet_samples" / "geotiff_labels.geojson").write_text('{"features": [')
-    report = samples.convert(source, tmp_path / "out", modalities=rows())
+    data = real_mix.get_config().data
+    report = samples.convert(source, tmp_path / "out", modalities=select(data.modalities, data.new_modalities))
     reasons = {entry.file.rsplit("/")[-1]: entry.reason for entry in report.rejected}
     assert reasons.pop("nothing.hdf5") == "no pixel is a number in all bands"
     assert reasons.pop("small.hdf5") == "8 x 8 pixels of 1 m hold no whole 10 m cell"
