@@ -13,10 +13,22 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """All sections, in the order of the functions below."""
     config = ConfigDict()
     config.name = "base"
+    config.run = _run()
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)  # devices per axis; -1: what is left
+    config.efficiency = _efficiency()
+    config.data = _data()
+    config.model = _model()
+    config.objective = _objective()
+    config.optim = _optim()
+    config.eval = _eval()
+    return config
 
-    config.run = dict(
+
+def _run() -> dict:
+    return dict(
         log_every_steps=20,  # metrics are written this often
         checkpoint_every_steps=1000,  # saved this often, and at the end
         keep_last=3,  # newest checkpoints kept
@@ -31,15 +43,17 @@ def get_config() -> ConfigDict:
         wandb_project="",  # non-empty: also log to Weights & Biases (extra "wandb")
     )
 
-    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)  # devices per axis; -1: what is left
 
-    config.efficiency = dict(
+def _efficiency() -> dict:
+    return dict(
         remat="blocks",  # "none", "blocks": recompute each block's inside in the backward pass
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        attention="xla",  # of global blocks and fusion: "xla" or "cudnn" (16-bit types on NVIDIA GPUs only)
+        attention="xla",  # of global blocks and fusion: "xla" or "cudnn" (16-bit types on NVIDIA GPUs; not run)
     )
 
-    config.data = dict(
+
+def _data() -> dict:
+    return dict(
         modalities=("hr", "s2", "s1"),  # rows of skysense_jax/modalities.py
         new_modalities=(),  # further rows, each a dict of modalities.Modality's arguments; each needs a num_dates
         sources=(("scenes", 1.0),),  # (glob of .array_record files or "scenes", share of the mix)
@@ -63,7 +77,9 @@ def get_config() -> ConfigDict:
         scenes=dict(num_scenes=4096, first_index=0, seed=0, extent_cells=24),
     )
 
-    config.model = dict(
+
+def _model() -> dict:
+    return dict(
         compute_dtype="bfloat16",  # of matmuls and activations; parameters and reductions stay fp32
         backbone=dict(
             width=128,  # C of stage 1; doubles at each stage
@@ -92,7 +108,9 @@ def get_config() -> ConfigDict:
         text_dim=384,  # width of the text table's embeddings
     )
 
-    config.objective = dict(
+
+def _objective() -> dict:
+    return dict(
         weights=dict(  # 0 turns a term off
             mgcl=1.0,  # multi-granularity contrastive learning [D: weights are not published]
             qsacl=1.0,  # query-based semantic aggregation contrastive learning
@@ -118,7 +136,9 @@ def get_config() -> ConfigDict:
         text_table="skysense_jax/data/text/osm_minilm_l6_v2.npz",  # embeddings of the class names
     )
 
-    config.optim = dict(
+
+def _optim() -> dict:
+    return dict(
         num_steps=600_000,  # [P]
         seed=0,  # initialisation, drop path, photometric changes, positions
         learning_rate=2e-4,  # peak [P]
@@ -131,11 +151,13 @@ def get_config() -> ConfigDict:
         ema_momentum=0.996,  # of the teacher, cosine to 1 over num_steps [D]
     )
 
-    config.eval = dict(  # the probe that closes a run; never feeds back into training
+
+def _eval() -> dict:
+    """The probe that closes a run; never feeds back into training."""
+    return dict(
         num_train_scenes=48,  # fitted on
         num_test_scenes=24,  # scored, the scenes after them; 0: no probe
-        probe_untrained=False,  # also the network as it was at the start
+        probe_untrained=False,  # also the network as it was at the start: room for a second state
         first_index=1_000_000,  # held-out procedural scenes, far from those trained on
         batch_size=8,  # windows encoded at a time
     )
-    return config

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config.efficiency.update(remat="none")
     config.data.update(batch_size=4, photometric_strength=0.3, num_dates=dict(hr=1, s2=2, s1=1))
     # Views half as wide as the method's table has for tiny (4 cells, not 8): a step of 4.3 GFLOP a sample, so that
-    # minutes on a laptop hold hundreds of steps. Not resized: a view
-    # of 2 cells has 2 Sentinel pixels along a side, and resizing would leave little of them.
+    # minutes on a laptop hold hundreds of steps. Not resized: a view of 2 cells has 2 Sentinel pixels along a side, and
+    # resizing would leave little of them.
     config.data.views.update(
         anchor_cells=6,
         tile_cells=2,

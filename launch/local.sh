@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the embedded default: writes procedural scenes as records, pre-trains `tiny` on them, probes it, writes
 # pictures. The scenes are the first 256 of configs/tiny.py, rendered once instead of at every draw: of
-# --config.data.scenes only what the probe takes counts here, and the folder is to be removed after a change of the generator.
+# --config.data.scenes only what the probe takes counts here. Remove the folder after a change of the generator.
 # Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
 set -euo pipefail
 SETUP_ARGS=()

@@ -237,7 +237,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         if start < config.optim.num_steps:
             logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
         else:
-            logging.info("no step is left: pictures and probe only; config.optim.num_steps goes on for longer")
+            logging.info("no step is left: pictures and probe only; raise config.optim.num_steps to go on")
 
         # ---- outputs
         settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
@@ -374,9 +374,10 @@ def print_dry_run(config: ConfigDict) -> None:
     # one sample a process, in this process: a whole batch, and one more per worker, may not fit a laptop
     few = config.copy_and_resolve_references()
     few.data.batch_size, few.run.input_workers, few.run.input_threads = jax.process_count(), 0, 1
-    with contextlib.closing(iter(make_pipeline(few))) as source:
+    pipeline = make_pipeline(few)
+    pipeline.check_sources()
+    with contextlib.closing(iter(pipeline)) as source:
         element = next(source)
-    make_pipeline(few).check_sources()
     shapes = dry_run.batch_shapes(run.modalities, **{k: few.data[k] for k in _BATCH_FIELDS})
     dry_run.check_element(element, shapes, num_processes=jax.process_count())
     print(dry_run.batch_text(element, run.modalities))
@@ -405,8 +406,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--workdir: got the file {_WORKDIR.value}; wanted the directory of the run")
         else:
             train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve())
-    except ValueError as error:  # most often a person's mistake, whose message says what to change
-        logging.debug("where it was raised (--verbosity=1):", exc_info=True)
+    except ValueError as error:
+        if not str(error).startswith(("config.", "--")):  # these name what a person has to change
+            logging.error("", exc_info=True)
         sys.exit(f"error: {error}")
 
 

@@ -83,7 +83,8 @@ def test_resume_drops_later_steps_and_a_line_cut_off(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 66.0)]
     assert metrics.read_json_lines(tmp_path / "metrics.jsonl") == lines(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
-    assert events(tmp_path)[1][-1] == 5  # a viewer hides what was written from here on (one file if in one second)
+    # A viewer hides what was written from step 5 on. Writers begun within one second share a file, the last one's.
+    assert events(tmp_path)[1] in ([5], [1, 5])
 
 
 def test_start_afresh_in_a_directory_without_checkpoint_drops_everything(tmp_path):

@@ -202,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in report.rejected:
         print(f"rejected {entry.file}: {entry.reason}")
     print(report.table())
-    print(f"Train on it: python -m skysense_jax.train --config=configs/real_mix.py:{options.out} --workdir=RUN")
+    if all(report.kinds[name].samples for name in real_mix.SHARES):
+        print(f"Train on it: python -m skysense_jax.train --config=configs/real_mix.py:{options.out} --workdir=RUN")
     for kind, found in report.statistics().items():
         for modality, numbers in found.items():
             print(f"{kind} {modality}: {', '.join(f'{name} {value}' for name, value in numbers.items())}")
