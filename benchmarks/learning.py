@@ -129,7 +129,7 @@ class Probe:
         """The teacher of the run's newest checkpoint."""
         with jax.set_mesh(self._mesh):
             boxed: TrainState = boxed_state(self._model, optax.identity(), self._shapes)
-            teacher = checkpoint.restore_teacher(workdir, abstract_state(boxed, self._mesh).teacher).state
+            teacher = checkpoint.restore_params(workdir, abstract_state(boxed, self._mesh).teacher).state
             return self._scores(teacher)
 
     def _scores(self, params) -> dict[str, float]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -236,16 +237,56 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_teacher(workdir: Any, abstract_params: Any, *, step: int | None = None) -> Restored:
-    """The teacher's parameters (``Restored.state``) of the newest checkpoint that verifies, or of ``step``.
+def restore_params(
+    workdir: Any,
+    abstract_params: Any,
+    *,
+    weights: str = "teacher",
+    parts: Sequence[str] | None = None,
+    step: int | None = None,
+) -> Restored:
+    """Parameters (``Restored.state``) of the newest checkpoint that verifies, or of ``step``; nothing else is read.
 
-    Student and optimizer are not read. Shapes without a sharding come to the first device.
+    ``weights`` is "teacher" or "student", ``parts`` names entries of the tree (None: all). Shapes without a sharding
+    come to the first device.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another model.
       RuntimeError: there are checkpoints, and none verifies.
     """
-    directory = epath.Path(workdir) / "checkpoints"
+    assert weights in ("teacher", "student"), weights
+    with _reading(workdir, step) as (manager, steps):
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first),
+            abstract_params if parts is None else {part: abstract_params[part] for part in parts},
+        )
+        prefixes = (f"{weights}/",) if parts is None else tuple(f"{weights}/{part}/" for part in parts)
+        restored, _ = _restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes)
+        return dataclasses.replace(restored, state=restored.state[weights])
+
+
+def read_meta(workdir: Any, *, step: int | None = None) -> dict[str, Any]:
+    """What was saved beside the newest checkpoint whose notes can be read, or that of ``step``: the run's config.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+      RuntimeError: there are checkpoints, and the notes of none can be read.
+    """
+    with _reading(workdir, step) as (manager, steps):
+        failures = {}
+        for step in reversed(steps):
+            try:
+                return _read_notes(manager, step)["meta"]["run"]
+            except _DamagedError as error:
+                failures[step] = str(error)
+        raise RuntimeError(f"no checkpoint in {manager.directory} can be read: {failures}")
+
+
+@contextlib.contextmanager
+def _reading(workdir: Any, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
+    """A manager that only reads, and the steps to try: all, ascending, or ``step``."""
+    directory = epath.Path(pathlib.Path(workdir).resolve()) / "checkpoints"  # Orbax takes absolute paths only
     if not directory.exists():
         raise ValueError(f"--workdir: there is no {directory}")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
@@ -253,12 +294,7 @@ def restore_teacher(workdir: Any, abstract_params: Any, *, step: int | None = No
         if not steps or (step is not None and step not in steps):
             wanted = "at least one" if step is None else f"step {step}"
             raise ValueError(f"--workdir: {directory} holds checkpoints of the steps {steps}; wanted {wanted}")
-        first = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first), abstract_params
-        )
-        restored, _ = _restore_newest(manager, steps if step is None else [step], {"teacher": abstract}, part=True)
-        return dataclasses.replace(restored, state=restored.state["teacher"])
+        yield manager, steps if step is None else [step]
 
 
 def _restore_newest(
@@ -266,18 +302,18 @@ def _restore_newest(
     steps: Sequence[int],
     abstract: Any,
     *,
-    part: bool = False,
+    prefixes: tuple[str, ...] | None = None,
     check_meta: CheckMeta = _accept,
 ) -> tuple[Restored | None, list[int]]:
     """The last of ``steps`` that verifies, and the steps passed over for it.
 
-    ``part``: ``abstract`` is a dict of some of the state's fields, and the others are not read.
+    ``prefixes``: ``abstract`` is a dict of what stands under these paths of the state, and the rest is not read.
     """
     failures: dict[int, str] = {}
     for step in reversed(steps):
         restored, failure = None, "another process could not read it"
         try:
-            restored = _restore_step(manager, step, abstract, part=part, check_meta=check_meta)
+            restored = _restore_step(manager, step, abstract, prefixes=prefixes, check_meta=check_meta)
         except _DamagedError as error:
             failure = str(error)
         if _on_every_process(restored is not None):
@@ -291,17 +327,19 @@ def _restore_newest(
 
 
 def _restore_step(
-    manager: ocp.CheckpointManager, step: int, abstract: Any, *, part: bool, check_meta: CheckMeta
+    manager: ocp.CheckpointManager,
+    step: int,
+    abstract: Any,
+    *,
+    prefixes: tuple[str, ...] | None,
+    check_meta: CheckMeta,
 ) -> Restored:
     wanted = named_leaves(abstract)
-    with _any_error_is_damage():
-        small = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))
-        data_state, saved, meta = small["data"], small["meta"]["leaves"], small["meta"]["run"]
-        if _text_digest(data_state, saved, meta) != small["meta"]["sha256"]:
-            raise ValueError("its JSON is not what was saved")
+    notes = _read_notes(manager, step)
+    data_state, saved, meta = notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]
     check_meta(meta)
-    if part:
-        saved = {path: leaf for path, leaf in saved.items() if path.split("/")[0] in abstract}
+    if prefixes is not None:
+        saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefixes)}
     _check_same_leaves(
         {path: shape for path, (shape, _) in saved.items()},
         {path: _shape_text(leaf) for path, leaf in wanted.items()},
@@ -309,7 +347,7 @@ def _restore_step(
     )
     with _any_error_is_damage():
         arguments = ocp.args.StandardRestore(abstract)
-        if part:
+        if prefixes is not None:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
             arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=how)
         state = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
@@ -317,6 +355,16 @@ def _restore_step(
     if wrong:
         raise _DamagedError(f"{len(wrong)} arrays are not what was saved: {', '.join(wrong[:_MAX_NAMED])}")
     return Restored(step, state, data_state, meta)
+
+
+def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The JSON of a checkpoint, "data" and "meta", compared with its digest."""
+    with _any_error_is_damage():
+        items = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        notes = dict(manager.restore(step, args=items))
+        if _text_digest(notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]) != notes["meta"]["sha256"]:
+            raise ValueError("its JSON is not what was saved")
+    return notes
 
 
 @contextlib.contextmanager

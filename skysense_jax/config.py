@@ -5,6 +5,7 @@ ml_collections itself ends in a traceback when an override is mistyped, ``parse_
 nearest key. Then ``validate(CONFIG.value)`` (config_checks.py) refuses wrong values before anything is compiled.
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib.util
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "parse_flags",
     "resolve_path",
+    "unflatten",
     "validate",
 ]
 
@@ -131,6 +133,19 @@ def _plain(value: Any) -> Any:
 def flat_text(config: ConfigDict) -> str:
     """One line ``a.b.c = value`` per field, sorted; ends with a newline."""
     return "".join(f"{field} = {_plain(value)!r}\n" for field, value in sorted(fields_of(config).items()))
+
+
+def unflatten(text: str) -> ConfigDict:
+    """The locked config whose ``flat_text`` this is."""
+    config = {}
+    for line in text.splitlines():
+        field, value = line.split(" = ", 1)
+        *sections, key = field.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = ast.literal_eval(value)
+    return ConfigDict(config).lock()
 
 
 def fingerprint(config: ConfigDict, sections: Sequence[str] = _FIXED_ON_RESUME) -> str:

@@ -5,7 +5,6 @@ The same command again goes on where the run stopped. Any field is overridden wi
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
@@ -19,109 +18,22 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import (
-    checkpoint,
-    dry_run,
-    metrics,
-    modalities,
-    optim,
-    parameters,
-    sharding,
-    train_step,
-)
+from skysense_jax import checkpoint, dry_run, metrics, parameters, sharding
 from skysense_jax import config as config_lib
+from skysense_jax.assembly import Run, assemble, batch_shapes, make_pipeline
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
-from skysense_jax.data.text import load_text_table
 from skysense_jax.eval import pictures, probes
 from skysense_jax.feed import prefetch
-from skysense_jax.models import skysense
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, state_shardings
 
 _CONFIG = config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one checked sample, and stop.")
 
-
 _PICTURED = 3  # samples in a picture
-_BATCH_FIELDS = ("batch_size", "num_dates", "views")
-_RATE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "num_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a config stands for, nothing allocated yet.
-
-    Attributes:
-      modalities: rows in the config's order.
-      student, teacher: the same network, with and without drop path.
-      optimizer: optax transformation of the student's parameters.
-      schedules: functions of the step.
-      step: (state, batch) -> (state, metrics), not yet jitted.
-    """
-
-    modalities: tuple[modalities.Modality, ...]
-    student: skysense.SkySense
-    teacher: skysense.SkySense
-    optimizer: Any
-    schedules: train_step.Schedules
-    step: Any
-
-
-def assemble(config: ConfigDict) -> Run:
-    """The parts of a run, from its config."""
-    rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    student, teacher = (skysense.build(rows, **config.model, **config.efficiency, drop_path=d) for d in (True, False))
-    objective = config.objective
-    schedules = train_step.Schedules(
-        learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),
-        ema_momentum=optim.ema_momentum_schedule(
-            ema_momentum=config.optim.ema_momentum, num_steps=config.optim.num_steps
-        ),
-        teacher_temperature=optim.teacher_temperature_schedule(
-            start=objective.teacher_temperature_start,
-            end=objective.teacher_temperature,
-            warmup_steps=objective.teacher_temperature_warmup_steps,
-        ),
-    )
-    optimizer = optim.make_optimizer(
-        learning_rate=schedules.learning_rate,
-        **{k: config.optim[k] for k in ("weight_decay", "beta1", "beta2", "clip_norm")},
-        prototype_freeze_steps=objective.prototype_freeze_steps,
-    )
-    text_table = None
-    if objective.weights.text_alignment > 0:
-        text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
-    step = train_step.make_train_step(
-        student,
-        teacher,
-        optimizer,
-        modalities=rows,
-        objective=train_step.Objective(
-            weights=dict(objective.weights),
-            mgcl=dict(objective.mgcl),
-            student_temperature=objective.student_temperature,
-            sinkhorn_iterations=objective.sinkhorn_iterations,
-            text_table=text_table,
-        ),
-        schedules=schedules,
-        seed=config.optim.seed,
-        photometric_strength=config.data.photometric_strength,
-    )
-    return Run(rows, student, teacher, optimizer, schedules, step)
-
-
-def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
-    """The input of this process."""
-    return pipeline_lib.make_pipeline(
-        **config.data,
-        input_threads=config.run.input_threads,
-        input_workers=config.run.input_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 class _Monitor:
@@ -207,7 +119,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     config_lib.validate(config, num_devices=jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     run, pipeline = assemble(config), make_pipeline(config)
-    shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
+    shapes = batch_shapes(config, run.modalities)
     pipeline.check_sources()
     logging.info("%s: %d devices, mesh %s", config.name, jax.device_count(), dict(mesh.shape))
 
@@ -358,7 +270,7 @@ def print_dry_run(config: ConfigDict) -> None:
     """Prints the resolved config, parameters per part, tokens, FLOPs, memory and one validated sample as a batch."""
     config_lib.validate(config, num_devices=jax.device_count())
     run = assemble(config)
-    shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in _BATCH_FIELDS})
+    shapes = batch_shapes(config, run.modalities)
     boxed = boxed_state(run.student, run.optimizer, shapes)
     print(config_lib.flat_text(config))
     print(dry_run.parameter_text(parameters.parameters_per_part(sharding.unbox(boxed.student))))
@@ -378,7 +290,7 @@ def print_dry_run(config: ConfigDict) -> None:
     pipeline.check_sources()
     with contextlib.closing(iter(pipeline)) as source:
         element = next(source)
-    shapes = dry_run.batch_shapes(run.modalities, **{k: few.data[k] for k in _BATCH_FIELDS})
+    shapes = batch_shapes(few, run.modalities)
     dry_run.check_element(element, shapes, num_processes=jax.process_count())
     print(dry_run.batch_text(element, run.modalities))
 

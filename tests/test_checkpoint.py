@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from skysense_jax import checkpoint
-from skysense_jax.checkpoint import Checkpoints, leaf_digest, restore_teacher, tree_digests
+from skysense_jax.checkpoint import Checkpoints, leaf_digest, restore_params, tree_digests
 
 
 @struct.dataclass
@@ -277,31 +277,31 @@ def test_restore_another_dtype_is_refused_rather_than_cast(tmp_path):
     checkpoints.close()
 
 
-def test_restore_teacher_needs_to_know_the_teacher_only(tmp_path):
+def test_restore_params_needs_to_know_the_teacher_only(tmp_path):
     saved_run(tmp_path, mesh=(2, 4)).close()
     teacher = make_state().teacher
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher)
-    restored = restore_teacher(tmp_path, shapes)
+    restored = restore_params(tmp_path, shapes)
     assert restored.step == 2
     assert_bits_equal(restored.state, make_state(2).teacher)
     assert all(leaf.sharding.device_set == {jax.local_devices()[0]} for leaf in jax.tree.leaves(restored.state))
-    assert_bits_equal(restore_teacher(tmp_path, shapes, step=1).state, make_state(1).teacher)
+    assert_bits_equal(restore_params(tmp_path, shapes, step=1).state, make_state(1).teacher)
     with pytest.raises(ValueError, match=r"steps \[1, 2\]; wanted step 7"):
-        restore_teacher(tmp_path, shapes, step=7)
+        restore_params(tmp_path, shapes, step=7)
     with pytest.raises(ValueError, match="there is no"):
-        restore_teacher(tmp_path / "nowhere", shapes)
+        restore_params(tmp_path / "nowhere", shapes)
 
 
-def test_restore_teacher_damaged_newest_falls_back_without_touching_the_files(tmp_path, errors):
+def test_restore_params_damaged_newest_falls_back_without_touching_the_files(tmp_path, errors):
     saved_run(tmp_path).close()
     for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 4096:  # which of the data files hold the teacher differs by save
             flip_bytes(path, places=[i / 64 for i in range(8, 60)])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state().teacher)
-    assert restore_teacher(tmp_path, shapes).step == 1
+    assert restore_params(tmp_path, shapes).step == 1
     assert (tmp_path / "checkpoints" / "2").exists()
     with pytest.raises(RuntimeError, match="step 2: "):
-        restore_teacher(tmp_path, shapes, step=2)
+        restore_params(tmp_path, shapes, step=2)
 
 
 # ---- digests

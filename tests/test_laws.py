@@ -44,16 +44,41 @@ ALLOWED = {
     "train_state": {"batch", "models", "sharding"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "train_state"},
     "ingest": {"data", "modalities"},
+    "assembly": {"batch", "config", "data", "dry_run", "modalities", "models", "optim", "train_step"},
+    "export": {
+        "assembly",
+        "checkpoint",
+        "config",
+        "config_checks",
+        "data",
+        "modalities",
+        "models",
+        "sharding",
+        "train_state",
+        "trees",
+    },
 }
 # Who may import these; they stand beside or above everything else.
 ONLY_BY = {
     "train": set(),
     "ingest": set(),
     "export": set(),
-    "config": {"train"},
-    "train_step": {"train"},
+    "assembly": {"train", "export"},
+    "config": {"train", "assembly", "export"},
+    "train_step": {"train", "assembly"},
 }
-CONFIG_READERS = {"config.py", "config_checks.py", "train.py"}  # beside benchmarks and tests
+# Beside benchmarks and tests.
+CONFIG_READERS = {
+    "config.py",
+    "config_checks.py",
+    "assembly.py",
+    "train.py",
+    "export/__main__.py",
+    "export/from_torch.py",
+}
+# Copied into exported directories: one file that needs no other of ours, and one that imports it from beside it, as
+# transformers wants of code that it loads.
+MODELING, WRAPPER = "export/modeling_skysensev2.py", "export/hf_skysensev2.py"
 LOSSES_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "math", "collections", "typing", "functools", "dataclasses"}
 
 
@@ -72,14 +97,17 @@ def imports(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0 or name_of(path) == WRAPPER, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
 def rooms_imported(path: pathlib.Path) -> set[str]:
     names = [name.split(".") for name in imports(path)]
-    return {parts[1] for parts in names if parts[0] == "skysense_jax" and len(parts) > 1} - {room_of(path)}
+    return {parts[1] for parts in names if parts[0] == "skysense_jax" and len(parts) > 1} - {
+        room_of(path),
+        "__version__",
+    }
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -89,6 +117,19 @@ def test_imports_point_one_way(path):
         assert used <= ALLOWED[room], f"{name_of(path)} imports {sorted(used - ALLOWED[room])}"
     for target in used & set(ONLY_BY):
         assert room == target or room in ONLY_BY[target], f"{name_of(path)} imports {target}, which stands above it"
+
+
+def test_pytorch_side_needs_neither_jax_nor_this_project():
+    for path in sorted((PACKAGE / "export").glob("*.py")):
+        used = {name.split(".")[0] for name in imports(path)}
+        ours = {name for name in imports(path) if name.startswith("skysense_jax")}
+        if name_of(path) == MODELING:
+            assert used - set(sys.stdlib_module_names) == {"torch", "safetensors"}
+        elif name_of(path) == WRAPPER:
+            assert used == {"transformers", "modeling_skysensev2"}
+        elif "torch" in used and name_of(path) not in CONFIG_READERS:  # embedding, ONNX
+            assert not used & {"jax", "flax", "orbax", "transformers"}, name_of(path)
+            assert {name.split(".")[1] for name in ours} <= {"export", "modalities"}, name_of(path)
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "losses").glob("*.py")), ids=name_of)
@@ -117,7 +158,8 @@ def test_config_is_read_in_entry_points_only(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_are_short(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 420, f"{name_of(path)}: {len(text.splitlines())} lines; it holds two things"
+    limit = 750 if name_of(path) == MODELING else 420
+    assert len(text.splitlines()) <= limit, f"{name_of(path)}: {len(text.splitlines())} lines; it holds two things"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             limit = 250 if name_of(path) == "train.py" and node.name in ("main", "train") else 90

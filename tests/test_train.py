@@ -81,7 +81,7 @@ def test_loss_falls_on_the_micro_run(straight):
 def test_teacher_alone_is_restored(straight):
     workdir, state, _ = straight
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.teacher)
-    restored = checkpoint.restore_teacher(workdir, shapes)
+    restored = checkpoint.restore_params(workdir, shapes)
     assert restored.step == 10
     for path, value in jax.tree_util.tree_leaves_with_path(state.teacher):
         np.testing.assert_array_equal(dict(jax.tree_util.tree_leaves_with_path(restored.state))[path], value)
@@ -270,7 +270,7 @@ def test_run_whose_numbers_are_not_finite_stops_and_keeps_its_checkpoint(straigh
     lines = metrics.read_json_lines(tmp_path / metrics.FILE_NAME)
     assert [line["nonfinite_in_row"] for line in lines] == [0] * 5 + [1, 2, 3]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), straight[1].teacher)
-    restored = checkpoint.restore_teacher(tmp_path, shapes)
+    restored = checkpoint.restore_params(tmp_path, shapes)
     assert restored.step == 5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.state))
 

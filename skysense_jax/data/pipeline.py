@@ -28,6 +28,7 @@ _LOOKED_AT = 4  # records of each source that are read whole before a run
 MAX_TRIES = 16  # records tried in place of an unreadable one before the run stops
 
 _STATE_KEY = "next_index"
+FIRST_STATE = {_STATE_KEY: 0}  # of a stream that nothing was read from
 
 
 class Mix:

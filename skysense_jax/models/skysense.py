@@ -45,7 +45,7 @@ class Features:
     router: RouterStats | None
 
 
-def usable_cells(views: Views, present: Mapping[str, Bool[Array, "B T"]]) -> dict[str, Bool[Array, "B V T P Q"]]:
+def usable_cells(views: Views, present: Mapping[str, Bool[Array, "B _T"]]) -> dict[str, Bool[Array, "B V _T P Q"]]:
     """Per modality, cells of present dates where at least half of the pixels are valid and clear.
 
     Such a cell always has a valid stage-1 token, so the backbone's own validity adds nothing.
@@ -67,11 +67,11 @@ class SkySense(nn.Module):
 
     def encode(
         self,
-        images: Mapping[str, Float[Array, "B V T H W C"]],
+        images: Mapping[str, Float[Array, "B V _T _H _W _C"]],
         views: Views,
         *,
-        present: Mapping[str, Bool[Array, "B T"]],
-        day_of_year: Mapping[str, Int[Array, "B T"]],
+        present: Mapping[str, Bool[Array, "B _T"]],
+        day_of_year: Mapping[str, Int[Array, "B _T"]],
         train: bool,
     ) -> Features:
         """Features of ``images`` (normalised); ``views`` gives the masks, its own images are not read."""

@@ -1,0 +1,98 @@
+"""From a config to the parts of a run: networks, optimizer, step, input, shapes. What entry points share.
+
+Nothing is allocated here. Next: train.py, export/from_torch.py.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from skysense_jax import config as config_lib
+from skysense_jax import dry_run, modalities, optim, train_step
+from skysense_jax.batch import Batch
+from skysense_jax.data import pipeline as pipeline_lib
+from skysense_jax.data.text import load_text_table
+from skysense_jax.models import skysense
+
+_RATE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "num_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a config stands for, nothing allocated yet.
+
+    Attributes:
+      modalities: rows in the config's order.
+      student, teacher: the same network, with and without drop path.
+      optimizer: optax transformation of the student's parameters.
+      schedules: functions of the step.
+      step: (state, batch) -> (state, metrics), not yet jitted.
+    """
+
+    modalities: tuple[modalities.Modality, ...]
+    student: skysense.SkySense
+    teacher: skysense.SkySense
+    optimizer: Any
+    schedules: train_step.Schedules
+    step: Any
+
+
+def assemble(config: ConfigDict) -> Run:
+    """The parts of a run, from its config."""
+    rows = modalities.select(config.data.modalities, config.data.new_modalities)
+    student, teacher = (skysense.build(rows, **config.model, **config.efficiency, drop_path=d) for d in (True, False))
+    objective = config.objective
+    schedules = train_step.Schedules(
+        learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),
+        ema_momentum=optim.ema_momentum_schedule(
+            ema_momentum=config.optim.ema_momentum, num_steps=config.optim.num_steps
+        ),
+        teacher_temperature=optim.teacher_temperature_schedule(
+            start=objective.teacher_temperature_start,
+            end=objective.teacher_temperature,
+            warmup_steps=objective.teacher_temperature_warmup_steps,
+        ),
+    )
+    optimizer = optim.make_optimizer(
+        learning_rate=schedules.learning_rate,
+        **{k: config.optim[k] for k in ("weight_decay", "beta1", "beta2", "clip_norm")},
+        prototype_freeze_steps=objective.prototype_freeze_steps,
+    )
+    text_table = None
+    if objective.weights.text_alignment > 0:
+        text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
+    step = train_step.make_train_step(
+        student,
+        teacher,
+        optimizer,
+        modalities=rows,
+        objective=train_step.Objective(
+            weights=dict(objective.weights),
+            mgcl=dict(objective.mgcl),
+            student_temperature=objective.student_temperature,
+            sinkhorn_iterations=objective.sinkhorn_iterations,
+            text_table=text_table,
+        ),
+        schedules=schedules,
+        seed=config.optim.seed,
+        photometric_strength=config.data.photometric_strength,
+    )
+    return Run(rows, student, teacher, optimizer, schedules, step)
+
+
+def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
+    """The input of this process."""
+    return pipeline_lib.make_pipeline(
+        **config.data,
+        input_threads=config.run.input_threads,
+        input_workers=config.run.input_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def batch_shapes(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> Batch:
+    """A global batch of the run as shapes and dtypes; ``rows`` are its modalities."""
+    return dry_run.batch_shapes(rows, **{key: config.data[key] for key in ("batch_size", "num_dates", "views")})
