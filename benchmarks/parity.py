@@ -173,6 +173,7 @@ def of_jax(model: skysense.SkySense, params: Any, rows, inputs: Inputs, gradient
         arguments = dict(present=present, day_of_year=days, train=False, method="encode")
         out = model.apply({"params": params}, images, views, **arguments)
         found = {name: x[:, 0] for name, x in out.modality.items()} | {"fused": out.fused[:, 0]}
+        found["fused_valid"] = out.fused_usable[:, 0].astype(jnp.float32)
         return sum((x * probe(name, x.shape)).sum() for name, x in found.items()), found
 
     step = jax.value_and_grad(run, has_aux=True) if gradients else lambda *a: (run(*a), {})
@@ -191,6 +192,7 @@ def of_torch(model: SkySenseV2, inputs: Inputs, gradients: bool):
     with torch.set_grad_enabled(gradients):
         out = model(images, **masks, day_of_year=days)
     found = {name: maps[3].movedim(2, -1) for name, maps in out.stages.items()} | {"fused": out.fused.movedim(1, -1)}
+    found["fused_valid"] = out.fused_valid.float()
     features = {name: x.detach().numpy() for name, x in found.items()}
     if not gradients:
         return features, {}
@@ -228,6 +230,7 @@ def run_case(case: Case, seed: int = 0) -> Difference:
     got, got_gradients = of_torch(network, inputs, case.gradients)
     del network
     wanted, wanted_gradients = of_jax(model, params, used, inputs, case.gradients)
+    np.testing.assert_array_equal(got.pop("fused_valid"), wanted.pop("fused_valid"))
     assert got.keys() == wanted.keys()
     worst = lambda got, wanted, unit: max(  # noqa: E731
         float(np.abs(got[name] - x).max() / unit(x)) for name, x in wanted.items()
@@ -240,6 +243,9 @@ def run_case(case: Case, seed: int = 0) -> Difference:
 
 def main(sizes: list[str]) -> int:
     """Prints the table; 1 if a case misses a goal."""
+    known = {case.config.removesuffix("_moe") for case in CASES}
+    if not set(sizes) <= known:
+        sys.exit(f"error: sizes {' '.join(sizes)}; wanted some of {' '.join(sorted(known))}")
     cases = [case for case in CASES if not sizes or case.config.removesuffix("_moe") in sizes]
     missed = 0
     print(f"{'case':44s} features  gradients  seconds   (goals {FEATURE_GOAL:g} and {GRADIENT_GOAL:g})")

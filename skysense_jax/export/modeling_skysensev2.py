@@ -106,8 +106,13 @@ def drop_path(x: Tensor, rate: int | float, training: bool) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """``x`` in fp32 with its last axis scaled to length 1; zeros (padding) stay zeros and have a finite gradient."""
-    square = x.float().square().sum(-1, keepdim=True)
-    return x.float() * torch.rsqrt(torch.where(square > 1e-24, square, 1.0))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x / torch.where(length > 1e-12, length, 1.0)
+
+
+def pad(x: Tensor, sides: Sequence[int], value: float = 0.0) -> Tensor:
+    """``F.pad``, which copies even if there is nothing to add."""
+    return F.pad(x, sides, value=value) if any(sides) else x
 
 
 def attend(
@@ -201,9 +206,10 @@ class WindowAttention(nn.Module):
         """Of the tokens [N M D] of N windows; ``seen`` [N M M] is True where a query may look at a key."""
         biases = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, biases).view(*x.shape[:2], 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # N A M K
-        query = unit(query) * self.logit_scale.float().clamp(max=math.log(100.0)).exp()
-        y = attend(query, unit(key), value, seen=seen, bias=self.position_bias(window), scale=1.0)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # 3 N A M K
+        query, key = unit(qkv[:2])
+        query = query * self.logit_scale.float().clamp(max=math.log(100.0)).exp()
+        y = attend(query, key, qkv[2], seen=seen, bias=self.position_bias(window), scale=1.0)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -220,9 +226,9 @@ class ShiftedWindows(nn.Module):
         rows, columns = x.shape[1:3]
         window = min(self.window, rows, columns)
         shift = self.window // 2 if self.shifted and min(rows, columns) > self.window else 0
-        pad = (0, -columns % window, 0, -rows % window)
-        x = F.pad(x, (0, 0, *pad))
-        seen = None if valid is None else F.pad(valid, pad, value=True)
+        sides = (0, -columns % window, 0, -rows % window)
+        x = pad(x, (0, 0, *sides))
+        seen = None if valid is None else pad(valid, sides, value=True)
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
             seen = None if seen is None else seen.roll((-shift, -shift), dims=(1, 2))
@@ -280,10 +286,9 @@ class SelfAttention(nn.Module):
         """Of tokens [N M D]; ``seen`` [N M] is True for tokens that may be looked at, ``turn`` is ``rotation``'s."""
         qkv = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
         qkv = qkv.view(*x.shape[:2], 3, self.attn.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # N A M K
-        if turn is not None:
-            query, key = rotate(query, *turn), rotate(key, *turn)
-        y = attend(query, key, value, seen=None if seen is None else seen[:, None, :])
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # 3 N A M K
+        query, key = qkv[:2] if turn is None else rotate(qkv[:2], *turn)
+        y = attend(query, key, qkv[2], seen=None if seen is None else seen[:, None, :])
         return self.attn.out_proj(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -345,9 +350,10 @@ def rotation(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[N A M K] with the channels j and j + K/2 of each head turned by the token's angle j, in fp32."""
+    """[... M K] with the channels j and j + K/2 of each head turned by the token's angle j, in fp32."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 # ---- stages
@@ -383,7 +389,7 @@ class PatchMerging(nn.Module):
         weight = self.reduction.weight.view(2 * dim, dim, 2, 2)
         if not merges:
             return self.norm(self.keep[name](x) if name in self.keep else F.linear(x, weight.mean((2, 3))))
-        x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
+        x = pad(x, (0, 0, 0, columns % 2, 0, rows % 2))
         x = x.view(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, dim).transpose(2, 3).flatten(3)
         return self.norm(F.linear(x, weight.permute(0, 2, 3, 1).flatten(1)))
 
@@ -404,7 +410,7 @@ class Stage(nn.Module):
             return run(self.blocks, x, valid, checkpointing=self.gradient_checkpointing)
         prompts = self.prompts[modality.name]
         turn = rotation(x.shape[1:3], cells, len(prompts), self.blocks[0].attn.attn.head_dim, x.device)
-        tokens = torch.cat((x.flatten(1, 2), prompts.to(x.dtype).expand(len(x), -1, -1)), dim=1)
+        tokens = torch.cat((x.flatten(1, 2), prompts.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
         seen = None
         if valid is not None:  # prompts of an image without data are without data
             seen = torch.cat((valid.flatten(1), valid.flatten(1).any(1, keepdim=True).expand(-1, len(prompts))), dim=1)
@@ -591,7 +597,8 @@ class SkySenseV2(nn.Module):
         if self.fusion is None or not fuse:
             return Features(stages, validity, None, None)
         grids = {name: tuple(x.shape[2:4]) for name, x in last.items()}
-        if len({(len(last[name]), *grid) for name, grid in grids.items()}) > 1:
+        shapes = [(x.shape[0], *x.shape[2:4]) for x in last.values()]
+        if any(shape != shapes[0] for shape in shapes):  # a set would fix the batch in torch.export
             raise ValueError(f"the modalities' cells differ, {grids}; wanted the same ground in all, or fuse=False")
         fused = self.fusion(last, usable, days).movedim(-1, 1)
         every = [
@@ -649,7 +656,7 @@ class SkySenseV2(nn.Module):
         usable = clear if valid is None else valid if clear is None else valid & clear
         if valid is not None:
             x = torch.where(valid.flatten(0, 1)[:, None], x, 0.0)
-        x = F.pad(x, (0, -width % m.patch, 0, -height % m.patch))
+        x = pad(x, (0, -width % m.patch, 0, -height % m.patch))
         everywhere = x.new_ones(*dates, height, width, dtype=torch.bool)
         if valid is None and (present is not None or x.shape[2:] != (height, width)):
             valid = everywhere
@@ -658,7 +665,7 @@ class SkySenseV2(nn.Module):
 
         def half(mask: Tensor, side: int) -> Tensor:
             """Where at least half of the pixels of a square of ``side`` are there, on a date that is present."""
-            mask = F.pad(mask.flatten(0, 1)[:, None].float(), (0, -width % side, 0, -height % side))
+            mask = pad(mask.flatten(0, 1)[:, None].float(), (0, -width % side, 0, -height % side))
             mask = F.avg_pool2d(mask, side)[:, 0] >= 0.5
             return mask if present is None else mask & present.flatten()[:, None, None]
 
