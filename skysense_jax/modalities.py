@@ -16,7 +16,20 @@ TRANSITION_TARGET_CELLS = (0.25, 0.5, 1.0)
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 PHOTOMETRIC = ("rgb", "reflectance", "backscatter", "none")
-RESERVED_NAMES = ("fused", "osm")  # the fused features beside the modalities', and the label map
+# Names no modality may take: the fused features beside the modalities', the label map; what a PyTorch container of
+# modules has as attributes, so that exported weights could not be loaded; flags of export/embed.py.
+RESERVED_NAMES = frozenset(
+    """fused osm
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile copy cpu cuda double
+    dump_patches eval extra_repr float forward fromkeys get get_buffer get_extra_state get_parameter get_submodule half
+    ipu items keys load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters
+    pop popitem register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
+    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
+    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule setdefault share_memory state_dict to
+    to_empty train training type update values xpu zero_grad
+    model out preview overwrite features tile overlap bounds crs device help""".split()  # noqa: SIM905
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +73,10 @@ class Modality:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         where = f"modality {self.name!r}"
         if not self.name.isidentifier() or self.name in RESERVED_NAMES:
-            raise ValueError(f"{where}: wanted letters, digits and underscores for a name, none of {RESERVED_NAMES}")
+            raise ValueError(
+                f"{where}: wanted letters, digits and underscores for a name, and none of modalities.RESERVED_NAMES, "
+                "which mean something else already"
+            )
         if not self.bands or self.patch < 1 or not self.value_range[0] < self.value_range[1]:
             raise ValueError(
                 f"{where}: bands {self.bands}, patch {self.patch}, value_range {self.value_range}; wanted one band or "

@@ -192,7 +192,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             networks["untrained"] = fresh.teacher
         scores = probe(config, run, networks)
         if jax.process_index() == 0 and scores:
-            (workdir / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+            (workdir / "probe.json").write_text(json.dumps({"step": config.optim.num_steps, **scores}, indent=2) + "\n")
     return state
 
 

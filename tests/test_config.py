@@ -40,6 +40,14 @@ def test_validate_named_config_passes(name):
     assert config.name == name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_flat_text_of_named_config_comes_back_as_the_config(name):
+    config = config_lib.load(ROOT / "configs" / f"{name}.py")
+    again = config_lib.unflatten(config_lib.flat_text(config))
+    assert config_lib.flat_text(again) == config_lib.flat_text(config)
+    assert again.to_dict() == config.to_dict()
+
+
 def test_rules_every_field_of_base_has_one_and_every_rule_has_a_field():
     fields = config_checks.fields_of(base.get_config())
     used = {config_checks.rule_for(field).wanted: field for field in fields}

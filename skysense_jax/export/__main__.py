@@ -6,6 +6,7 @@ write.py. The way back: from_torch.py.
 
 import argparse
 import pathlib
+import signal
 import sys
 
 import jax
@@ -25,7 +26,14 @@ _PART_HELP = "fused: backbone and fusion; all: also the queries and heads of pre
 
 
 def export(
-    workdir: pathlib.Path, out: pathlib.Path, *, step: int | None, weights: str, part: str, licence: str, arguments
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    step: int | None,
+    weights: str,
+    part: str,
+    licence: str,
+    arguments: list[str],
 ) -> int:
     """Writes ``out``; the step that was exported.
 
@@ -53,7 +61,6 @@ def export(
     state = names.join(list(names.weights(rows, backbone=config.model.backbone, fusion=fusion)), params)
     heads = params if part == "all" else None
     assert part == "all" or not params, sorted(params)
-    at_end = step == settings["optim.num_steps"]
     text = card.write_card(
         rows,
         num_parameters=num_parameters,
@@ -62,8 +69,8 @@ def export(
         step=step,
         settings=settings,
         overrides=_overrides(settings),
-        losses=card.last_losses(workdir / "metrics.jsonl", step),
-        probe=card.probe_scores(workdir) if at_end else {},
+        losses=card.last_losses(workdir, step),
+        probe=card.probe_scores(workdir, step),
         licence=licence,
         export_arguments=arguments,
         version=__version__,
@@ -95,10 +102,11 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a manager which only reads does not write
     try:
         step = export(**given, arguments=arguments)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"step {step}, {given['weights']}: {given['out']}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a scheduler's kill tidies up as Ctrl-C does
     main(sys.argv[1:])

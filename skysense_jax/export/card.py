@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from skysense_jax.metrics import FILE_NAME, read_json_lines
 from skysense_jax.modalities import Modality
 
 _CARD = """\
@@ -89,8 +90,8 @@ def write_card(
     step: int,
     settings: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    losses: Mapping[str, float],
-    probe: Mapping[str, Any],
+    losses: Mapping[str, float | str],
+    probe: Mapping[str, float | None],
     licence: str,
     export_arguments: Sequence[str],
     version: str,
@@ -141,26 +142,26 @@ def _table(modalities: Sequence[Modality]) -> str:
     return "\n".join(lines)
 
 
-def _numbers(title: str, numbers: Mapping[str, float]) -> str:
+def _numbers(title: str, numbers: Mapping[str, float | str | None]) -> str:
     if not numbers:
         return f"{title}: none on record."
+    text = lambda value: "not scored" if value is None else value if isinstance(value, str) else f"{value:.4g}"  # noqa: E731
     lines = [f"{title}:", "", "| metric | value |", "|---|---|"]
-    return "\n".join(lines + [f"| {key} | {value:.4g} |" for key, value in numbers.items() if value is not None])
+    return "\n".join(lines + [f"| {key} | {text(value)} |" for key, value in numbers.items()])
 
 
-def last_losses(metrics_path: pathlib.Path, step: int) -> dict[str, float]:
-    """The losses of the last line of a run's metrics.jsonl that is not after ``step``; empty without one."""
-    if not metrics_path.is_file():
+def last_losses(workdir: pathlib.Path, step: int) -> dict[str, float | str]:
+    """The losses that a run logged last, not after ``step``; "nan" or "inf" where one was no number. Empty without."""
+    path = workdir / FILE_NAME
+    lines = [line for line in read_json_lines(path) if line["step"] <= step] if path.is_file() else []
+    if not lines:
         return {}
-    found = {}
-    for line in metrics_path.read_text().splitlines():
-        numbers = json.loads(line)
-        if numbers["step"] <= step:
-            found = {key: numbers[key] for key in numbers if key == "loss" or key.startswith("loss/")}
-    return found
+    losses = {key: value for key, value in lines[-1].items() if key == "loss" or key.startswith("loss/")}
+    return {key: lines[-1]["nonfinite"][key] if value is None else value for key, value in losses.items()}
 
 
-def probe_scores(workdir: pathlib.Path) -> dict[str, float]:
-    """What the closing probe of a run said of its teacher; empty without one."""
+def probe_scores(workdir: pathlib.Path, step: int) -> dict[str, float | None]:
+    """What the closing probe of a run said of its teacher at ``step``; empty without one, or of another step."""
     path = workdir / "probe.json"
-    return json.loads(path.read_text()).get("teacher", {}) if path.is_file() else {}
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    return scores["teacher"] if scores.get("step") == step else {}

@@ -93,8 +93,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.out.absolute() == args.preview.absolute() or {args.out.absolute(), args.preview.absolute()} & inputs:
         raise ValueError(f"--out {args.out}, --preview {args.preview}; wanted two files that are not read")
     for flag, path in (("--out", args.out), ("--preview", args.preview)):
-        if path.exists() and not args.overwrite:
-            raise ValueError(f"{flag}: {path} exists; wanted a new name, or --overwrite")
+        if path.is_dir() or (path.exists() and not args.overwrite):
+            raise ValueError(f"{flag}: {path} exists; wanted a new name, or a file and --overwrite")
     return args, names
 
 

@@ -3,9 +3,11 @@
 Needs transformers beside what modeling_skysensev2.py needs; the network, its arguments and its checks are there.
 """
 
+import pathlib
+
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .modeling_skysensev2 import Features, SkySenseV2
+from .modeling_skysensev2 import CHECKSUMS, Features, SkySenseV2, read_config
 
 
 class SkySenseV2Config(PretrainedConfig):
@@ -46,9 +48,26 @@ class SkySenseV2Model(PreTrainedModel):
         """The tokenizers."""
         return self.network.patch_embed
 
-    def save_pretrained(self, save_directory, **options) -> None:
+    @classmethod
+    def from_pretrained(cls, directory, *arguments, verify: bool = True, **options):
+        """As Hugging Face's, but that a file which is not what was exported and a weight that is missing are errors.
+
+        ``verify`` compares a local directory with its checksums, if it has some.
+        """
+        if verify and (pathlib.Path(directory) / CHECKSUMS).is_file():
+            read_config(directory)
+        options["output_loading_info"] = True
+        model, found = super().from_pretrained(directory, *arguments, **options)
+        wrong = sorted(map(str, (*found["missing_keys"], *found["unexpected_keys"])))
+        if wrong:
+            raise ValueError(f"{directory}: {len(wrong)} weights do not fit config.json: {'; '.join(wrong[:5])}")
+        return model
+
+    def save_pretrained(self, save_directory, *, state_dict=None, **options) -> None:
         """As Hugging Face's, under the names of ``SkySenseV2``, so that it loads the directory too (verify=False)."""
-        super().save_pretrained(save_directory, state_dict=self.network.state_dict(), **options)
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name.removeprefix(f"{self.base_model_prefix}."): array for name, array in state.items()}
+        super().save_pretrained(save_directory, state_dict=state, **options)
 
     def forward(self, images, **masks) -> Features:
         return self.network(images, **masks)

@@ -126,6 +126,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention of [N A M K]; ``seen`` [N M M] is True where a query may look at a key, ``bias`` is [A M M].
 
+    In 16-bit types scores and bias are rounded (a position bias of 16 in bfloat16 by up to 0.03); JAX keeps them fp32.
     A query that may look at nothing gets a finite result, which its caller must not use.
     """
     mask = None if bias is None else bias[None].to(value.dtype)
@@ -482,6 +483,8 @@ class SkySenseV2(nn.Module):
         version = dict(config).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{CONFIG}: format_version {version}; this file reads {FORMAT_VERSION}")
+        if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
+            raise ValueError(f"out_indices: got {tuple(out_indices)}; wanted some of 0, 1, 2, 3")
         self.normalise, self.check_inputs, self.out_indices = normalise, check_inputs, tuple(out_indices)
         self.modalities = {row["name"]: Modality.from_row(row) for row in config["modalities"]}
         net = config["backbone"]
@@ -524,9 +527,16 @@ class SkySenseV2(nn.Module):
           ValueError: a file is missing or is not what was exported, or weights and config do not fit each other.
         """
         config, weights = read_config(directory, verify=verify), pathlib.Path(directory) / WEIGHTS
-        with torch.device("meta"):  # nothing is initialised only to be overwritten
-            model = cls(config, **options)
-        state, wanted = load_file(weights), model.state_dict()
+        try:
+            with torch.device("meta"):  # nothing is initialised only to be overwritten
+                model = cls(config, **options)
+        except KeyError as error:
+            raise ValueError(f"{pathlib.Path(directory) / CONFIG}: field {error} is missing") from error
+        try:
+            state = load_file(weights)
+        except Exception as error:  # whatever safetensors says of damaged bytes
+            raise ValueError(f"{weights}: cannot be read: {error!r}") from error
+        wanted = model.state_dict()
         wrong = sorted(set(state) ^ set(wanted)) + [
             f"{name}: {tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}"
             for name in wanted
@@ -578,28 +588,37 @@ class SkySenseV2(nn.Module):
           ValueError: an unknown modality, a wrong number of bands, another unit, or maps that do not fit each other.
         """
         valid, clear, present, days = ({} if x is None else dict(x) for x in (valid, clear, present, day_of_year))
-        unknown = sorted({*images, *valid, *clear, *present, *days} - set(self.modalities))
+        unknown = sorted(set(images) - set(self.modalities))
         if unknown or not images:
             raise ValueError(f"modalities {unknown or 'none'}; wanted one or more of {' '.join(self.modalities)}")
+        alone = sorted({*valid, *clear, *present, *days} - set(images))
+        if alone:
+            raise ValueError(f"masks or days of {' '.join(alone)}, of which there are no images")
         stages, validity, last, usable = {}, {}, {}, {}
         for name in (name for name in self.modalities if name in images):
-            x, masks, one_date = images[name], [valid.get(name), clear.get(name)], images[name].ndim == 4
+            x, one_date = images[name], images[name].ndim == 4
+            masks = [valid.get(name), clear.get(name)]
+            self._check(name, x, masks, present.get(name), days.get(name))
+            on = lambda y, device=x.device: None if y is None else y.to(device)  # noqa: E731
+            masks, there = [on(mask) for mask in masks], on(present.get(name))
             if one_date:
                 x, masks = x[:, None], [None if mask is None else mask[:, None] for mask in masks]
-            self._check(name, x, masks, present.get(name), days.get(name))
-            maps, seen, usable[name] = self._backbone(self.modalities[name], x, *masks, present.get(name))
+            self._check_unit(name, x, masks[0], there)
+            maps, seen, usable[name] = self._backbone(self.modalities[name], x, *masks, there)
             last[name] = maps[-1]
-            if name not in days:
-                days[name] = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            undated = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            days[name] = on(days[name]).long() if name in days else undated
             chosen = tuple(maps[index].movedim(-1, 2) for index in self.out_indices)
             stages[name] = tuple(y[:, 0] for y in chosen) if one_date else chosen
             validity[name] = seen[:, 0] if one_date else seen
         if self.fusion is None or not fuse:
             return Features(stages, validity, None, None)
-        grids = {name: tuple(x.shape[2:4]) for name, x in last.items()}
         shapes = [(x.shape[0], *x.shape[2:4]) for x in last.values()]
         if any(shape != shapes[0] for shape in shapes):  # a set would fix the batch in torch.export
-            raise ValueError(f"the modalities' cells differ, {grids}; wanted the same ground in all, or fuse=False")
+            raise ValueError(
+                f"the modalities' samples and cells differ, {dict(zip(last, shapes))}; wanted the same ground in all, "
+                "or fuse=False"
+            )
         fused = self.fusion(last, usable, days).movedim(-1, 1)
         every = [
             torch.ones_like(last[name][..., 0], dtype=torch.bool) if mask is None else mask
@@ -608,41 +627,45 @@ class SkySenseV2(nn.Module):
         return Features(stages, validity, fused, torch.cat(every, dim=1).any(1))
 
     def _check(
-        self,
-        name: str,
-        x: Tensor,
-        masks: Sequence[Tensor | None],
-        present: Tensor | None,
-        days: Tensor | None,
+        self, name: str, x: Tensor, masks: Sequence[Tensor | None], present: Tensor | None, days: Tensor | None
     ) -> None:
-        """Nothing, or a ValueError that says what is wrong with a series [B T C H W] and what belongs to it."""
-        m = self.modalities[name]
-        if x.ndim != 5 or x.shape[2] != len(m.bands):
+        """Nothing, or a ValueError that says what is wrong with a modality's images or what belongs to them."""
+        bands = self.modalities[name].bands
+        if x.ndim not in (4, 5) or x.shape[-3] != len(bands) or not all(x.shape):
             raise ValueError(
-                f"{name}: images of shape {tuple(x.shape)}; wanted [B T C H W] or [B C H W] with the {len(m.bands)} "
-                f"bands {' '.join(m.bands)}, in this order"
+                f"{name}: images of shape {tuple(x.shape)}; wanted [B T C H W] or [B C H W], none of them 0, with the "
+                f"{len(bands)} bands {' '.join(bands)}, in this order"
             )
-        pixels, dates = (*x.shape[:2], *x.shape[3:]), tuple(x.shape[:2])
+        pixels, dates = (*x.shape[:-3], *x.shape[-2:]), (x.shape[0], x.shape[1] if x.ndim == 5 else 1)
         for what, mask, shape in (*(("mask", mask, pixels) for mask in masks), ("present", present, dates)):
             if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
                 raise ValueError(f"{name}: {what} {mask.dtype} of shape {tuple(mask.shape)}; wanted bool of {shape}")
-        if days is not None and (days.is_floating_point() or tuple(days.shape) != dates):
-            raise ValueError(f"{name}: days {days.dtype} of shape {tuple(days.shape)}; wanted integers of {dates}")
-        if not (self.normalise and self.check_inputs) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if days is None:
             return
-        if days is not None and not bool(((days >= 0) & (days < DAYS)).all()):
+        if days.is_floating_point() or days.dtype == torch.bool or tuple(days.shape) != dates:
+            raise ValueError(f"{name}: days {days.dtype} of shape {tuple(days.shape)}; wanted integers of {dates}")
+        if self.check_inputs and not _is_traced() and not bool(((days >= 0) & (days < DAYS)).all()):
             raise ValueError(f"{name}: days of the year {days.tolist()}; wanted 1-366, 0 for undated")
+
+    def _check_unit(self, name: str, x: Tensor, valid: Tensor | None, present: Tensor | None) -> None:
+        """Nothing, or a ValueError if the mean of a band of a sample cannot be in the modality's unit."""
+        if not (self.normalise and self.check_inputs) or _is_traced():
+            return
+        m = self.modalities[name]
         used = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if present is None else present
         used = used[:, :, None, None, None].expand(-1, -1, 1, *x.shape[3:])
-        used = used if masks[0] is None else used & masks[0][:, :, None]
-        total = torch.where(used, x.float(), 0.0).sum((0, 1, 3, 4), dtype=torch.float64)
+        used = used if valid is None else used & valid[:, :, None]
+        count = used.sum((1, 2, 3, 4))
+        means = torch.where(used, x.float(), 0.0).sum((1, 3, 4)) / count.clamp(min=1)[:, None]  # B C
         low, high = m.typical_range
-        for band, mean in zip(m.bands, (total / used.sum()).tolist() if bool(used.any()) else ()):
-            if not low <= mean <= high:
-                raise ValueError(
-                    f"{name}, band {band}: mean {mean:.4g} over valid pixels; wanted {low} to {high} ({m.unit}); it "
-                    f"looks like {m.wrong_unit_hint}, or nodata that is not masked. check_inputs=False lets it pass"
-                )
+        wrong = ~((means >= low) & (means <= high)) & (count > 0)[:, None]  # a NaN compares False
+        if bool(wrong.any()):
+            sample, band = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}, band {m.bands[band]}, sample {sample}: mean {means[sample, band].item():.4g} over valid "
+                f"pixels; wanted {low} to {high} ({m.unit}); it looks like {m.wrong_unit_hint}, or nodata that is not "
+                "masked. check_inputs=False lets it pass"
+            )
 
     def _backbone(
         self, m: Modality, x: Tensor, valid: Tensor | None, clear: Tensor | None, present: Tensor | None
@@ -688,6 +711,11 @@ class SkySenseV2(nn.Module):
         return maps, seen.unflatten(0, dates), usable
 
 
+def _is_traced() -> bool:
+    """Whether a compiler or an exporter looks at shapes only, so that no number can be asked for."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class FeaturesOnly(nn.Module):
     """One modality of a network as the backbone of a segmenter or detector: images in, a list of maps out.
 
@@ -700,6 +728,8 @@ class FeaturesOnly(nn.Module):
 
     def __init__(self, model: SkySenseV2, modality: str):
         super().__init__()
+        if modality not in model.modalities:
+            raise ValueError(f"modality {modality!r}; wanted one of {' '.join(model.modalities)}")
         self.model, self.modality = model, modality
         self.out_channels = [model.num_features[index] for index in model.out_indices]
         self.strides = [model.modalities[modality].strides[index] for index in model.out_indices]
@@ -734,6 +764,8 @@ def read_config(directory: str | pathlib.Path, *, verify: bool = True) -> dict[s
                     "was changed: copy it again, or pass verify=False if the change is yours"
                 )
     try:
-        return json.loads((directory / CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: no JSON: {error}") from error
+        config = json.loads((directory / CONFIG).read_text())
+        dict(config)["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{directory / CONFIG}: not what skysense_jax.export writes: {error!r}") from error
+    return config

@@ -203,7 +203,7 @@ def split(table: Sequence[Weight], state: Mapping[str, np.ndarray]) -> dict[str,
     """The parameters by path of the state dict: the inverse of ``join``, to the last bit."""
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for weight in table:
-        for path, array in zip(weight.paths, weight.split(state[weight.name])):
+        for path, array in zip(weight.paths, weight.split(state[weight.name]), strict=True):
             parts.setdefault(path, {})[weight.index] = array
     params = {}
     for path, found in parts.items():

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from skysense_jax.modalities import METRES_PER_CELL, Modality
 
@@ -69,9 +69,14 @@ def check_out(out: pathlib.Path) -> None:
     """Nothing, or a ValueError: there is something at ``out`` already, or no place for it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists; wanted a directory that is not there yet, or an empty one")
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out: {nearest} may not be written")
+    nearest = _nearest(out)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out: {nearest} is no folder that may be written")
+
+
+def _nearest(out: pathlib.Path) -> pathlib.Path:
+    """The nearest thing above ``out`` that is there."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
 
 
 def write_directory(
@@ -91,15 +96,15 @@ def write_directory(
     """
     check_out(out)
     out = out.absolute()
+    needed = sum(array.nbytes for array in (*state.values(), *(heads or {}).values()))
+    free = shutil.disk_usage(_nearest(out)).free
+    if needed > free:
+        raise ValueError(f"--out: {needed / 2**30:.1f} GiB are needed at {out.parent}, {free / 2**30:.1f} are free")
     hidden = out.parent / f".{out.name}.incomplete"
     if hidden.exists():  # of an export that was killed
         shutil.rmtree(hidden)
     hidden.mkdir(parents=True)
     try:
-        needed = sum(array.nbytes for array in (*state.values(), *(heads or {}).values()))
-        free = shutil.disk_usage(hidden).free
-        if needed > free:
-            raise ValueError(f"--out: {needed / 2**30:.1f} GiB are needed at {out.parent}, {free / 2**30:.1f} are free")
         (hidden / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name, arrays in ((WEIGHTS, state), (HEADS, heads)):
             if arrays is not None:
@@ -134,12 +139,37 @@ def read_config(directory: pathlib.Path, *, verify: bool = True) -> dict[str, An
     if missing:
         raise ValueError(f"{directory}: no {', '.join(missing)}; wanted a directory that skysense_jax.export wrote")
     if verify:
-        sums = dict(reversed(line.split(maxsplit=1)) for line in (directory / CHECKSUMS).read_text().splitlines())
+        lines = (line.split(maxsplit=1) for line in (directory / CHECKSUMS).read_text().splitlines())
+        sums = {line[1]: line[0] for line in lines if len(line) == 2}
         for name in (CONFIG, WEIGHTS, *((HEADS,) if (directory / HEADS).exists() else ())):
             if (got := _sha256(directory / name)) != sums.get(name):
-                raise ValueError(f"{directory / name}: SHA-256 {got}; {CHECKSUMS} says {sums.get(name)}: copy it again")
-    description = json.loads((directory / CONFIG).read_text())
-    version = description.get("format_version")
+                raise ValueError(
+                    f"{directory / name}: SHA-256 {got}; {CHECKSUMS} says {sums.get(name)}. Copy it again, or pass "
+                    "--noverify if the change is yours"
+                )
+    try:
+        description = json.loads((directory / CONFIG).read_text())
+        version = description["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{directory / CONFIG}: not what skysense_jax.export writes: {error!r}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory / CONFIG}: format_version {version}; wanted {FORMAT_VERSION}")
     return description
+
+
+def rows_of(description: Mapping[str, Any]) -> list[Modality]:
+    """The modalities of what ``describe`` returned, after JSON; what only training knows is at its default."""
+    fields = {field.name for field in dataclasses.fields(Modality)}
+    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    return [
+        Modality(**{key: as_tuple(value) for key, value in row.items() if key in fields})
+        for row in description["modalities"]
+    ]
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file; raises ValueError if it is none."""
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, and TypeError for types that numpy lacks
+        raise ValueError(f"{path} cannot be read as safetensors: {error!r}") from error

@@ -49,5 +49,8 @@ def save_run(workdir: pathlib.Path) -> None:
             checkpoints.save(step, draw(shapes, seed=step), data_state=FIRST_STATE, meta=meta)
         checkpoints.close()
     lines = [{"step": step, "loss": 10.0 - step, "loss/mgcl": 2.5, "learning_rate": 0.1} for step in (1, 3, 9)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (workdir / "probe.json").write_text(json.dumps({"teacher": {"osm/miou": 0.25, "forest_type/miou": None}}))
+    lines[-1] |= {"loss/koleo": None, "nonfinite": {"loss/koleo": "nan"}}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text + '{"step": 9, "lo')  # cut off while being written
+    scores = {"step": STEPS[-1], "teacher": {"osm/miou": 0.25, "forest_type/miou": None}}
+    (workdir / "probe.json").write_text(json.dumps(scores))

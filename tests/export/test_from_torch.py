@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from micro import micro_config
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from saved import export_config
 from transformers import Swinv2Config, Swinv2Model
 
@@ -51,7 +51,7 @@ def restored(workdir):
 
 
 def test_exported_directory_comes_back_to_the_last_bit(exported, tmp_path):
-    text = from_torch.initialise(export_config(), tmp_path / "run", model=exported / "all", swin=None)
+    text = from_torch.initialise(export_config(), tmp_path / "run", model=exported / "all")
     assert "at their initial values: 0 parameters in 0 arrays" in text
     assert "in the source and not taken in 0 arrays" in text
     assert (tmp_path / "run" / "initialised_from.txt").read_text() == text
@@ -67,7 +67,7 @@ def test_exported_directory_comes_back_to_the_last_bit(exported, tmp_path):
 
 def test_run_goes_on_from_the_checkpoint(exported, tmp_path):
     config = micro_config()  # hr and s1 only; as it is, because tests/test_train.py compiles the same step
-    from_torch.initialise(config, tmp_path, model=exported / "fused", swin=None)
+    from_torch.initialise(config, tmp_path, model=exported / "fused")
     before = named_leaves(restored(tmp_path)["teacher"])
     after = named_leaves(train.train(config, tmp_path).teacher)
     moved = [float(np.abs(np.asarray(after[path]) - before[path]).max()) for path in before]
@@ -81,7 +81,7 @@ def test_other_modalities_keep_their_initial_values_and_rows_find_their_names(ex
     config.data.update(
         modalities=("s1", "drone", "hr"), new_modalities=(SMALL_RGB,), num_dates=dict(s1=1, drone=1, hr=1)
     )
-    text = from_torch.initialise(config, tmp_path, model=exported / "all", swin=None)
+    text = from_torch.initialise(config, tmp_path, model=exported / "all")
     taken, kept, unused = (
         text.split("parameters in")[1:2][0],
         text.split("initial values")[1],
@@ -111,7 +111,7 @@ def test_directory_of_another_network_is_refused_and_nothing_written(exported, t
     config.data.update(new_modalities=(SMALL_RGB,), num_dates=dict(hr=1, s2=2, s1=2, drone=1))
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
-        from_torch.initialise(config, tmp_path / "run", model=exported / "fused", swin=None)
+        from_torch.initialise(config, tmp_path / "run", model=exported / "fused")
     assert not (tmp_path / "run").exists()
 
 
@@ -127,12 +127,12 @@ def test_another_table_and_a_used_workdir_are_refused(exported, tmp_path):
     ]
     (copy / write.CHECKSUMS).write_text("\n".join(sums))
     with pytest.raises(ValueError, match=r"modality 's1'\.mean: \[0\.2, .*the config has \[-12"):
-        from_torch.initialise(export_config(), tmp_path / "run", model=copy, swin=None)
+        from_torch.initialise(export_config(), tmp_path / "run", model=copy)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds a run already"):
-        from_torch.initialise(export_config(), tmp_path / "run", model=exported / "fused", swin=None)
+    with pytest.raises(ValueError, match=r"--workdir: .* exists"):
+        from_torch.initialise(export_config(), tmp_path / "run", model=exported / "fused")
     with pytest.raises(ValueError, match="--model, --swin: wanted one of them"):
-        from_torch.initialise(export_config(), tmp_path / "other", model=None, swin=None)
+        from_torch.initialise(export_config(), tmp_path / "other")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_published_weights_initialise_stages_1_and_2_and_say_so(swin_dir, tmp_pa
     if form == "pth":
         source = tmp_path / "swin.pth"
         torch.save({"state_dict": theirs}, source)
-    text = from_torch.initialise(export_config(), tmp_path / "run", model=None, swin=source)
+    text = from_torch.initialise(export_config(), tmp_path / "run", swin=source)
     taken, rest = text.split("at their initial values")
     kept, unused = rest.split("in the source and not taken")
     for path in ("backbone/stage1_0/attention/key/kernel", "backbone/tokenizer_hr/projection/kernel"):
@@ -163,6 +163,7 @@ def test_published_weights_initialise_stages_1_and_2_and_say_so(swin_dir, tmp_pa
     student = restored(tmp_path / "run")["student"]["backbone"]
     kernel = np.asarray(student["stage2_0"]["attention"]["key"]["kernel"])
     np.testing.assert_array_equal(kernel.T, theirs["encoder.layers.1.blocks.0.attention.self.key.weight"])
+    assert ("position bias: learned in windows of" in text) == (form == "pth")  # only the folder tells its window
     # neighbours lie column by column on both sides
     merging = theirs["encoder.layers.0.downsample.reduction.weight"]
     np.testing.assert_array_equal(np.asarray(student["merging_2"]["kernel"]).T, merging)
@@ -175,24 +176,52 @@ def test_published_weights_initialise_stages_1_and_2_and_say_so(swin_dir, tmp_pa
         (lambda path: path.mkdir(), "holds neither model.safetensors nor pytorch_model.bin"),
         (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read as plain arrays"),
         (lambda path: torch.save({"weights": print}, path), "cannot be read as plain arrays"),
+        (lambda path: torch.save([torch.zeros(1)], path), "cannot be read as plain arrays: it holds list"),
+        (lambda path: torch.save({"model": "swin"}, path), "none of 0 weights ends with"),
     ],
 )
 def test_bad_weight_files_are_refused_without_running_them(tmp_path, make, message):
     path = tmp_path / "swin.pth"
     make(path)
     with pytest.raises(ValueError, match=message):
-        from_torch.initialise(export_config(), tmp_path / "run", model=None, swin=path)
+        from_torch.initialise(export_config(), tmp_path / "run", swin=path)
     assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_width_are_refused(swin_dir, tmp_path):
     config = export_config()
     config.model.backbone.width = 64
-    with pytest.raises(ValueError, match=r"backbone: width 64 with heads of 32; .* width 32 with heads of 32"):
-        from_torch.initialise(config, tmp_path / "run", model=None, swin=swin_dir)
+    with pytest.raises(ValueError, match=r"width 64 with 2 heads; .*\(width, heads\) \(32, 1\)"):
+        from_torch.initialise(config, tmp_path / "run", swin=swin_dir)
     assert not (tmp_path / "run").exists()
 
 
 def test_every_field_of_the_config_is_in_the_exported_directory(exported):
     training = json.loads((exported / "fused" / write.CONFIG).read_text())["training"]
     assert set(training["config"]) == set(fields_of(export_config()))
+
+
+def test_half_precision_source_becomes_a_run_in_fp32(exported, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(exported / "fused", copy)
+    state = {name: array.astype(np.float16) for name, array in load_file(copy / write.WEIGHTS).items()}
+    save_file(state, copy / write.WEIGHTS)
+    with pytest.raises(ValueError, match=r"model\.safetensors: SHA-256 .*--noverify"):
+        from_torch.initialise(export_config(), tmp_path / "run", model=copy)
+    from_torch.initialise(export_config(), tmp_path / "run", model=copy, verify=False)
+    kernel = np.asarray(restored(tmp_path / "run")["student"]["backbone"]["stage1_0"]["mlp"]["hidden"]["kernel"])
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel.T, state["stages.0.blocks.0.ffn.layers.0.0.weight"].astype(np.float32))
+
+
+def test_killed_initialisation_leaves_no_workdir(exported, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(from_torch, "report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        from_torch.initialise(export_config(), tmp_path / "run", model=exported / "fused")
+    assert [path.name for path in tmp_path.iterdir()] == [".run.incomplete"]
+    monkeypatch.undo()
+    from_torch.initialise(export_config(), tmp_path / "run", model=exported / "fused")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
