@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -554,15 +555,20 @@ class SkySenseV2(nn.Module):
                 module.gradient_checkpointing = enable
 
     def band_order(self, name: str, bands: Sequence[str]) -> list[int]:
-        """Where in ``bands``, the names of an image's bands, those of modality ``name`` stand, in table order.
+        """Where in ``bands``, the names of an image's bands, those of modality ``name`` stand: ``x[:, order]``.
+
+        Case and leading zeros do not count: B02 is B2, b8a is B8A.
 
         Raises:
-          ValueError: one is missing or stands twice.
+          ValueError: an unknown modality, or a band that is missing or stands twice.
         """
-        wanted = self.modalities[name].bands
-        if any(list(bands).count(band) != 1 for band in wanted):
+        if name not in self.modalities:
+            raise ValueError(f"modality {name!r}; wanted one of {' '.join(self.modalities)}")
+        plain = lambda band: re.sub(r"(?<=[A-Z])0+(?=\d)", "", band.upper())  # noqa: E731
+        given, wanted = [plain(band) for band in bands], self.modalities[name].bands
+        if any(given.count(plain(band)) != 1 for band in wanted):
             raise ValueError(f"{name}: got the bands {' '.join(bands)}; wanted each once of {' '.join(wanted)}")
-        return [list(bands).index(band) for band in wanted]
+        return [given.index(plain(band)) for band in wanted]
 
     def forward(
         self,
@@ -587,6 +593,10 @@ class SkySenseV2(nn.Module):
         Raises:
           ValueError: an unknown modality, a wrong number of bands, another unit, or maps that do not fit each other.
         """
+        if not isinstance(images, Mapping):
+            raise ValueError(
+                f"images: got {type(images).__name__}; wanted a dict, e.g. {{'{next(iter(self.modalities))}': x}}"
+            )
         valid, clear, present, days = ({} if x is None else dict(x) for x in (valid, clear, present, day_of_year))
         unknown = sorted(set(images) - set(self.modalities))
         if unknown or not images:
@@ -663,8 +673,8 @@ class SkySenseV2(nn.Module):
             sample, band = wrong.nonzero()[0].tolist()
             raise ValueError(
                 f"{name}, band {m.bands[band]}, sample {sample}: mean {means[sample, band].item():.4g} over valid "
-                f"pixels; wanted {low} to {high} ({m.unit}); it looks like {m.wrong_unit_hint}, or nodata that is not "
-                "masked. check_inputs=False lets it pass"
+                f"pixels; wanted {low} to {high} ({m.unit}); it looks like {m.wrong_unit_hint}, or nodata (NaN too) "
+                "that valid={...} does not mask. from_pretrained(..., check_inputs=False) lets it pass"
             )
 
     def _backbone(

@@ -157,7 +157,13 @@ def test_network_runs_on_raw_numbers_and_checks_their_unit(exported):
         model({"s1": x["s1"]}, valid={"s1": torch.ones(1, 2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="VV VH"):
         model.band_order("s1", ["VH", "HH"])
-    assert model.band_order("s1", ["VH", "angle", "VV"]) == [2, 0]
+    assert model.band_order("s1", ["VH", "angle", "vv"]) == [2, 0]
+    product = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"]
+    assert model.band_order("s2", product) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+    with pytest.raises(ValueError, match="modality 'l8'"):
+        model.band_order("l8", product)
+    with pytest.raises(ValueError, match="images: got Tensor; wanted a dict"):
+        model(x["s1"])
 
 
 def test_features_do_not_depend_on_what_is_masked_or_absent(exported):

@@ -142,8 +142,8 @@ def assert_exports(model, given, fuse):
             assert_close(loaded(**given), Whole(model, fuse)(**given))
 
 
-def test_export_of_backbones_saves_and_loads_with_any_batch(model):
-    assert_exports(model, of_series(inputs()), fuse=False)
+def test_export_of_mixture_backbone_saves_and_loads_with_any_batch(modelling):
+    assert_exports(network(modelling, "mixture"), of_series(inputs()), fuse=False)
 
 
 def test_export_with_fusion_saves_and_loads_with_any_batch(modelling):
