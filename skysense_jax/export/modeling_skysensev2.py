@@ -111,7 +111,7 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.where(length > 1e-12, length, 1.0)
 
 
-def pad(x: Tensor, sides: Sequence[int], value: float = 0.0) -> Tensor:
+def pad(x: Tensor, sides: Sequence[int], value: bool | float = 0.0) -> Tensor:
     """``F.pad``, which copies even if there is nothing to add."""
     return F.pad(x, sides, value=value) if any(sides) else x
 
