@@ -7,7 +7,6 @@ numpy, rasterio, and the sensors' table of modeling_skysensev2.py. Next: mosaic.
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.warp import Resampling
 from rasterio.windows import Window, intersection, transform
 
-from skysense_jax.export.modeling_skysensev2 import Modality
+from skysense_jax.export.modeling_skysensev2 import Modality, plain_band
 
 MAX_STRETCH = 2.0  # of a native pixel; coarser imagery belongs into another row of the table
 MAX_SCALE_ERROR = 0.02  # of a map projection's metre at the scene; Web Mercator's at 60 degrees is half a metre
@@ -112,8 +111,8 @@ class Raster:
     def _order(self, band_order: Callable[[str, Sequence[str]], list[int]], names: Sequence[str] | None) -> list[int]:
         """Where the wanted bands stand in the file, counted from 0."""
         name, wanted, count = self.modality.name, self.modality.bands, self.source.count
-        same = {_plain(band): band for band in wanted}
-        table_names = lambda bands: [same.get(_plain(band or ""), band or "") for band in bands]  # noqa: E731
+        same = {plain_band(band): band for band in wanted}
+        table_names = lambda bands: [same.get(plain_band(band or ""), band or "") for band in bands]  # noqa: E731
         if names is not None:
             if len(names) != count:
                 raise ValueError(f"--{name}_bands: {len(names)} names, {' '.join(names)}; {self.path} has {count}")
@@ -355,11 +354,6 @@ def choose_grid(
 
 
 # ---- small things
-
-
-def _plain(band: str) -> str:
-    """A band's name in capitals without leading zeros: B02, b2 and B2 are one band."""
-    return re.sub(r"^B0+(?=\d)", "B", band.strip().upper())
 
 
 def _outline(window: Window) -> tuple[np.ndarray, np.ndarray]:

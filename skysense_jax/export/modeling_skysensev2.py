@@ -93,7 +93,7 @@ class Features(NamedTuple):
 
 
 def small_normal(*shape: int) -> nn.Parameter:
-    """Initial values of learned tokens; ``Tensor.normal_`` would import the compiler when a network is laid out."""
+    """Initial values of learned tokens and embeddings."""
     return nn.Parameter(0.02 * torch.randn(shape))
 
 
@@ -133,7 +133,7 @@ def attend(
     mask = None if bias is None else bias[None].to(value.dtype)
     if seen is not None:
         floor = torch.finfo(value.dtype).min
-        mask = torch.where(seen[:, None], torch.zeros((), dtype=value.dtype) if mask is None else mask, floor)
+        mask = torch.where(seen[:, None], value.new_zeros(()) if mask is None else mask, floor)
     query, key = query.to(value.dtype), key.to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -564,11 +564,10 @@ class SkySenseV2(nn.Module):
         """
         if name not in self.modalities:
             raise ValueError(f"modality {name!r}; wanted one of {' '.join(self.modalities)}")
-        plain = lambda band: re.sub(r"(?<=[A-Z])0+(?=\d)", "", band.upper())  # noqa: E731
-        given, wanted = [plain(band) for band in bands], self.modalities[name].bands
-        if any(given.count(plain(band)) != 1 for band in wanted):
+        given, wanted = [plain_band(band) for band in bands], self.modalities[name].bands
+        if any(given.count(plain_band(band)) != 1 for band in wanted):
             raise ValueError(f"{name}: got the bands {' '.join(bands)}; wanted each once of {' '.join(wanted)}")
-        return [given.index(plain(band)) for band in wanted]
+        return [given.index(plain_band(band)) for band in wanted]
 
     def forward(
         self,
@@ -747,6 +746,11 @@ class FeaturesOnly(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.model({self.modality: images}, fuse=False).stages[self.modality]
         return [x.mean(1) if x.ndim == 5 else x for x in maps]
+
+
+def plain_band(band: str) -> str:
+    """A band's name without what products spell differently: case, spaces around, leading zeros (B02 is B2)."""
+    return re.sub(r"(?<=[A-Z])0+(?=\d)", "", band.strip().upper())
 
 
 # ---- an exported directory
