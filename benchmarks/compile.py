@@ -9,14 +9,14 @@ import time
 
 import jax
 
-from skysense_jax import dry_run, sharding, train, train_state
+from skysense_jax import sharding, train, train_state
 
 
 def measure(name: str, *, compile_it: bool) -> tuple[str, ...]:
     """A row: name, seconds to lower, lines of StableHLO, seconds to compile ("-" if it is not)."""
     config = importlib.import_module(f"configs.{name}").get_config()
     run = train.assemble(config)
-    shapes = dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in train._BATCH_FIELDS})
+    shapes = train.batch_shapes(config, run.modalities)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.student, run.optimizer, shapes)

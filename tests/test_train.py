@@ -190,7 +190,7 @@ def test_new_sensors_are_rows_in_the_config_and_bad_records_are_named(tmp_path, 
 
 def _first_state(config):
     run, mesh = train.assemble(config), train.sharding.make_mesh(**config.mesh)
-    shapes = train.dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in train._BATCH_FIELDS})
+    shapes = train.batch_shapes(config, run.modalities)
     with jax.set_mesh(mesh):
         return train.create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
 
@@ -301,7 +301,7 @@ def test_dry_run_prints_config_sizes_cost_and_a_sample(capsys):
 def test_wrong_batch_is_named_before_compilation():
     config = micro_config()
     run = train.assemble(config)
-    shapes = train.dry_run.batch_shapes(run.modalities, **{k: config.data[k] for k in train._BATCH_FIELDS})
+    shapes = train.batch_shapes(config, run.modalities)
     element = next(iter(train.make_pipeline(config)))
     element["global_views"]["images"]["s1"] = element["global_views"]["images"]["s1"][..., :1]
     with pytest.raises(ValueError, match=r"s1.*got float16\(8, 2, 2, 4, 4, 1\); wanted float16\(8, 2, 2, 4, 4, 2\)"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from micro import micro_config
 
-from skysense_jax import dry_run, feed, sharding, train, train_state
+from skysense_jax import feed, sharding, train, train_state
 
 
 class Compiled:
@@ -15,8 +15,7 @@ class Compiled:
     def __init__(self, config, devices):
         self.config, self.run = config, train.assemble(config)
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        fields = {k: config.data[k] for k in train._BATCH_FIELDS}
-        self.shapes = dry_run.batch_shapes(self.run.modalities, **fields)
+        self.shapes = train.batch_shapes(config, self.run.modalities)
         with jax.set_mesh(self.mesh):
             boxed = train_state.boxed_state(self.run.student, self.run.optimizer, self.shapes)
             self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
