@@ -1,10 +1,12 @@
 """The laws of the house, read from the source: who imports whom, who reads a config, how long things are."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -247,6 +249,33 @@ TEXT_FILES = [
     if path.suffix in (".py", ".md", ".sh", ".txt", ".toml", ".yaml", ".json", ".sbatch")
 ]
 MACHINE_PATH = re.compile("(?<![\\w.])/(" + "|".join(("work", "home", "root", "Users")) + ")/")
+
+
+@pytest.mark.parametrize("folder", ["skysense_jax", "benchmarks", "tests", "configs"])
+def test_names_taken_from_our_modules_exist(folder):
+    """``module.name`` of a module of ours that a file imports: benchmarks are run seldom and would break unseen."""
+    missing = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        tree, ours = ast.parse(path.read_text()), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("skysense_jax", "benchmarks"):
+                source = importlib.import_module(node.module)
+                for alias in node.names:
+                    value = getattr(source, alias.name, None)
+                    if value is None:  # a module that nobody has imported yet, or nothing at all
+                        try:
+                            value = importlib.import_module(f"{node.module}.{alias.name}")
+                        except ModuleNotFoundError:
+                            missing.append(f"{path.name}: {node.module}.{alias.name}")
+                    if isinstance(value, types.ModuleType):
+                        ours[alias.asname or alias.name] = value
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Attribute)):
+            name = node.value.id if isinstance(node.value, ast.Name) else None
+            if name in ours and name not in stored and not hasattr(ours[name], node.attr):
+                missing.append(f"{path.name}:{node.lineno}: {name}.{node.attr}")
+    assert not missing
 
 
 def test_no_machine_paths_in_the_repository():

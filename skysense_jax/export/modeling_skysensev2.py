@@ -105,10 +105,14 @@ def drop_path(x: Tensor, rate: int | float, training: bool) -> Tensor:
     return x * keep.to(x.dtype) / (1 - rate)
 
 
-def unit(x: Tensor) -> Tensor:
-    """``x`` in fp32 with its last axis scaled to length 1; zeros (padding) stay zeros and have a finite gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x / torch.where(length > 1e-12, length, 1.0)
+def unit(x: Tensor, length: Tensor) -> Tensor:
+    """``x`` with its last axis scaled in fp32 to ``length``; zeros (padding) stay zeros and have a finite gradient.
+
+    In place if no gradient is recorded: on a CPU the time is in fresh memory.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = length / torch.where(norm > 1e-12, norm, 1.0)
+    return x * scale if torch.is_grad_enabled() else x.mul_(scale)
 
 
 def pad(x: Tensor, sides: Sequence[int], value: bool | float = 0.0) -> Tensor:
@@ -132,8 +136,8 @@ def attend(
     """
     mask = None if bias is None else bias[None].to(value.dtype)
     if seen is not None:
-        floor = torch.finfo(value.dtype).min
-        mask = torch.where(seen[:, None], value.new_zeros(()) if mask is None else mask, floor)
+        hidden = torch.where(seen[:, None], value.new_zeros(()), torch.finfo(value.dtype).min / 2)
+        mask = hidden if mask is None else mask + hidden
     query, key = query.to(value.dtype), key.to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -148,12 +152,19 @@ def run(blocks: nn.ModuleList, x: Tensor, *masks: Any, checkpointing: bool) -> T
     return x
 
 
+class GELU(nn.Module):
+    """The exact one, in place if no gradient is recorded: the hidden layer is the largest tensor of a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class FFN(nn.Module):
-    """Two linear layers with the exact GELU between."""
+    """Two linear layers with GELU between."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU()), nn.Linear(hidden_dim, dim))
+        self.layers = nn.Sequential(nn.Sequential(nn.Linear(dim, hidden_dim), GELU()), nn.Linear(hidden_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -195,22 +206,21 @@ class WindowAttention(nn.Module):
 
     def position_bias(self, window: int) -> Tensor:
         """[A M M], 0 to 16: an MLP of the offset between two tokens (Swin V2 sec. 3.3)."""
-        place = torch.arange(window, device=self.q_bias.device)
-        apart = place[:, None] - place[None, :] + window - 1  # query, key
-        steps = torch.arange(1 - window, window, device=place.device) / max(window - 1, 1) * 8
+        steps = torch.arange(1 - window, window, device=self.q_bias.device) / max(window - 1, 1) * 8
         steps = steps.sign() * torch.log2(steps.abs() + 1) / math.log2(8)
         offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1)
-        table = self.cpb_mlp(offsets.to(self.cpb_mlp[0].weight.dtype))  # row offset, column offset, A
-        pairs = table[apart][:, :, apart].permute(4, 0, 2, 1, 3)  # A, row and column of the query, of the key
-        return 16 * pairs.reshape(-1, window * window, window * window).float().sigmoid()
+        table = self.cpb_mlp(offsets.to(self.cpb_mlp[0].weight.dtype)).permute(2, 0, 1)  # A, row and column offset
+        table = 16 * table.float().sigmoid()
+        pairs = table.unfold(1, window, 1).unfold(2, window, 1)  # A, row and column of the query, of the last key - it
+        return pairs.flip(3, 4).reshape(-1, window * window, window * window)
 
     def forward(self, x: Tensor, window: int, seen: Tensor | None) -> Tensor:
         """Of the tokens [N M D] of N windows; ``seen`` [N M M] is True where a query may look at a key."""
         biases = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, biases).view(*x.shape[:2], 3, self.num_heads, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # 3 N A M K
-        query, key = unit(qkv[:2])
-        query = query * self.logit_scale.float().clamp(max=math.log(100.0)).exp()
+        scale = self.logit_scale.float().clamp(max=math.log(100.0)).exp()
+        query, key = unit(qkv[:2], torch.stack((scale, torch.ones_like(scale)))[:, None])
         y = attend(query, key, qkv[2], seen=seen, bias=self.position_bias(window), scale=1.0)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
@@ -295,14 +305,14 @@ class SelfAttention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Channels times a learned vector."""
+    """``x`` plus the channels of ``y`` times a learned vector."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(x, y, self.gamma)
 
 
 class GlobalBlock(nn.Module):
@@ -321,21 +331,23 @@ class GlobalBlock(nn.Module):
     ):
         super().__init__()
         self.drop_path, hidden_dim = drop_path, round(mlp_ratio * dim)
-        scale = lambda: LayerScale(dim) if layer_scale else nn.Identity()  # noqa: E731
+        scale = lambda: LayerScale(dim) if layer_scale else None  # noqa: E731
         self.ln1, self.attn, self.ls1 = nn.LayerNorm(dim), SelfAttention(dim, head_width), scale()
         self.ln2, self.ls2 = nn.LayerNorm(dim), scale()
         mixture = lambda: MixtureOfExperts(dim, hidden_dim, num_experts, experts_per_token)  # noqa: E731
         self.ffn = mixture() if num_experts else FFN(dim, hidden_dim)
 
     def forward(self, x: Tensor, seen: Tensor | None, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + drop_path(self.ls1(self.attn(self.ln1(x), seen, turn)), self.drop_path, self.training)
-        return x + drop_path(self.ls2(self.ffn(self.ln2(x))), self.drop_path, self.training)
+        y = drop_path(self.attn(self.ln1(x), seen, turn), self.drop_path, self.training)
+        x = self.ls1(x, y) if self.ls1 else x + y
+        y = drop_path(self.ffn(self.ln2(x)), self.drop_path, self.training)
+        return self.ls2(x, y) if self.ls2 else x + y
 
 
 def rotation(
     grid: tuple[int, int], cells: tuple[int, int], num_prompts: int, head_width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [M K/2] of the tokens' angles: rows turn the first half of the pairs, columns the second.
+    """Cosine and signed sine [M K] of the tokens' angles: rows turn the first half of the pairs, columns the second.
 
     The angle is the token's offset from the centre of the image, in cells, over wavelengths of 1 to 128 cells; prompts,
     after the tokens, sit at the centre.
@@ -348,14 +360,17 @@ def rotation(
     steps = torch.linspace(0, 1, head_width // 4, dtype=exact, device=device)
     wavelengths = SHORTEST_WAVELENGTH_CELLS * (LONGEST_WAVELENGTH_CELLS / SHORTEST_WAVELENGTH_CELLS) ** steps
     angles = (2 * math.pi * offsets / wavelengths).flatten(1)
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[... M K] with the channels j and j + K/2 of each head turned by the token's angle j, in fp32."""
+    """[... M K] with the channels j and j + K/2 of each head turned by the token's angle j, in fp32.
+
+    In place on a copy, which autograd allows: on a CPU the time is in fresh memory.
+    """
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos).to(x.dtype)
 
 
 # ---- stages
@@ -684,7 +699,7 @@ class SkySenseV2(nn.Module):
         x = x.flatten(0, 1).float()
         if self.normalise:
             mean, std = (torch.tensor(y, dtype=x.dtype, device=x.device).view(-1, 1, 1) for y in (m.mean, m.std))
-            x = (x - mean) / std
+            x = (x - mean).div_(std)
         usable = clear if valid is None else valid if clear is None else valid & clear
         if valid is not None:
             x = torch.where(valid.flatten(0, 1)[:, None], x, 0.0)
