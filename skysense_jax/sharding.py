@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.linen import spmd
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
@@ -47,8 +48,11 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, Any], ...] = (
 def make_mesh(data: int, fsdp: int, tensor: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of ``MESH_AXES`` over the devices (all by default), in that order; one size may be -1: what is left.
 
+    Neighbours along the last axes are near each other: on one host, or on a TPU linked. Several TPU slices, which only
+    the network joins, divide ``data``.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or slices do not divide ``data``.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
@@ -63,7 +67,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, expert: int, devices: Sequence[
             f"config.mesh: {sizes} asks for {abs(math.prod(sizes.values()))} devices or a multiple; "
             f"there are {len(devices)}"
         )
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES)
+    shape = tuple(sizes.values())
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % num_slices:
+        raise ValueError(f"config.mesh.data: got {sizes['data']}; wanted a multiple of the {num_slices} slices")
+    if num_slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
+    within, between = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1, 1)
+    linked = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(linked, MESH_AXES)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -47,6 +47,7 @@ ALLOWED = {
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "train_state"},
     "ingest": {"data", "modalities"},
     "assembly": {"batch", "config", "data", "dry_run", "modalities", "models", "optim", "train_step"},
+    "plan": {"assembly", "config", "cost", "dry_run", "sharding", "train_state"},
     "export": {
         "assembly",
         "checkpoint",
@@ -66,8 +67,9 @@ ONLY_BY = {
     "train": set(),
     "ingest": set(),
     "export": set(),
-    "assembly": {"train", "export"},
-    "config": {"train", "assembly", "export"},
+    "plan": set(),
+    "assembly": {"train", "export", "plan"},
+    "config": {"train", "assembly", "export", "plan"},
     "train_step": {"train", "assembly"},
 }
 # Beside benchmarks and tests.
@@ -78,6 +80,7 @@ CONFIG_READERS = {
     "train.py",
     "export/__main__.py",
     "export/from_torch.py",
+    "plan/__main__.py",
 }
 # Copied into exported directories: one file that needs no other of ours, and one that imports it from beside it, as
 # transformers wants of code that it loads.

@@ -1,18 +1,14 @@
 """The table of benchmarks/learning.py from stored figures: means, paired differences, verdicts."""
 
-import importlib.util
 import pathlib
 
 import pytest
+from loading import module_from_file
 
 
 @pytest.fixture(scope="module")
 def learning():
-    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "learning.py"
-    spec = importlib.util.spec_from_file_location("learning_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_from_file(pathlib.Path(__file__).parents[2] / "benchmarks" / "learning.py")
 
 
 def _cells(seeds, **miou):

@@ -1,7 +1,6 @@
 """The export command: what it writes, what it refuses, and that nothing half-written is left."""
 
 import hashlib
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -12,12 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from loading import module_from_file
 from safetensors.numpy import load_file
 from saved import export_config
 
 from skysense_jax import checkpoint
 from skysense_jax.export import __main__ as command
 from skysense_jax.export import write
+
+MODELLING = "modeling_skysensev2.py"
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,15 +29,6 @@ def exported(run_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "model"
     command.main([f"--workdir={run_dir}", f"--out={out}", "--part=all", "--licence=CC-BY-4.0"])
     return out
-
-
-def load_module(directory, name="modeling_skysensev2"):
-    """The modelling file as a user imports it: from the directory, without this project's import hook."""
-    spec = importlib.util.spec_from_file_location(f"copied_{name}", directory / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def images(batch=1):
@@ -102,12 +95,12 @@ def test_weights_and_step_are_those_asked_for(run_dir, tmp_path, monkeypatch, we
     wanted = np.asarray(saved["stage2_0"]["mlp"]["hidden"]["kernel"]).T
     np.testing.assert_array_equal(state["stages.1.blocks.0.ffn.layers.0.0.weight"], wanted)
     assert not [name for name in state if name.startswith("fusion")]
-    model = load_module(out).SkySenseV2.from_pretrained(out)
+    model = module_from_file(out / MODELLING).SkySenseV2.from_pretrained(out)
     assert model(images()).fused is None
 
 
 def test_network_runs_on_raw_numbers_and_checks_their_unit(exported):
-    module = load_module(exported)
+    module = module_from_file(exported / MODELLING)
     model = module.SkySenseV2.from_pretrained(exported)
     x = images()
     out = model({**x, "hr": x["hr"].to(torch.uint8)})
@@ -167,7 +160,7 @@ def test_network_runs_on_raw_numbers_and_checks_their_unit(exported):
 
 
 def test_features_do_not_depend_on_what_is_masked_or_absent(exported):
-    model = load_module(exported).SkySenseV2.from_pretrained(exported)
+    model = module_from_file(exported / MODELLING).SkySenseV2.from_pretrained(exported)
     x = images(2)
     valid = {"hr": torch.ones(2, 64, 96, dtype=torch.bool), "s1": torch.ones(2, 2, 3, dtype=torch.bool)}
     valid["hr"][:, :32, 32:64] = False
@@ -207,7 +200,7 @@ def test_damaged_directory_is_refused(exported, tmp_path, name, damage, message)
     shutil.copytree(exported, copy)
     damage(copy / name)
     with pytest.raises(ValueError, match=message):
-        load_module(exported).SkySenseV2.from_pretrained(copy)
+        module_from_file(exported / MODELLING).SkySenseV2.from_pretrained(copy)
     with pytest.raises(ValueError, match=message.removesuffix(".*damaged")):
         write.read_config(copy)
 
@@ -218,7 +211,7 @@ def test_config_that_is_none_is_refused(exported, tmp_path, text):
     shutil.copytree(exported, copy)
     (copy / write.CONFIG).write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: (not what|field 'modalities' is missing)"):
-        load_module(exported).SkySenseV2.from_pretrained(copy, verify=False)
+        module_from_file(exported / MODELLING).SkySenseV2.from_pretrained(copy, verify=False)
     if "format_version" not in text:
         with pytest.raises(ValueError, match=r"config\.json: not what"):
             write.read_config(copy, verify=False)
@@ -230,7 +223,7 @@ def test_weights_of_another_architecture_are_refused(exported, tmp_path):
     config = json.loads((copy / write.CONFIG).read_text())
     config["backbone"]["width"] = 64
     (copy / write.CONFIG).write_text(json.dumps(config))
-    module = load_module(exported)
+    module = module_from_file(exported / MODELLING)
     with pytest.raises(ValueError, match=r"weights do not fit config.json: .*\(32,\), wanted \(64,\)"):
         module.SkySenseV2.from_pretrained(copy, verify=False)
     (copy / write.CONFIG).write_text(json.dumps({**config, "format_version": 7}))
@@ -321,7 +314,7 @@ def test_hugging_face_loads_saves_and_checkpoints(exported, tmp_path, monkeypatc
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    module = load_module(exported)
+    module = module_from_file(exported / MODELLING)
     wanted = module.SkySenseV2.from_pretrained(exported)(images()).fused
     model = transformers.AutoModel.from_pretrained(exported, trust_remote_code=True)
     assert not model.training
@@ -360,7 +353,7 @@ def test_hugging_face_refuses_missing_weights_and_changed_bytes(exported, tmp_pa
 
 
 def test_features_only_gives_maps_channels_and_strides(exported):
-    module = load_module(exported)
+    module = module_from_file(exported / MODELLING)
     model = module.SkySenseV2.from_pretrained(exported, out_indices=(1, 3))
     backbone = module.FeaturesOnly(model, "hr")
     assert (backbone.out_channels, backbone.strides) == ([64, 256], [8, 32])
@@ -372,7 +365,7 @@ def test_features_only_gives_maps_channels_and_strides(exported):
 
 
 def test_gradient_reaches_every_weight(exported):
-    model = load_module(exported).SkySenseV2.from_pretrained(exported, check_inputs=False)
+    model = module_from_file(exported / MODELLING).SkySenseV2.from_pretrained(exported, check_inputs=False)
     out = model(images(4))
     (out.fused.square().mean() + sum(y.square().mean() for maps in out.stages.values() for y in maps)).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]

@@ -1,6 +1,5 @@
 """ONNX graphs compute what PyTorch does; what a file says of itself; errors."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -11,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from loading import module_from_file
 
 from configs import tiny
 from skysense_jax.export import onnx as onnx_export
@@ -21,15 +21,6 @@ NETWORKS = {  # depths leave a shifted window in stage 1, and two mixtures
     "dense": dict(depths=(2, 1, 1, 1), window=4),
     "mixture": dict(depths=(2, 1, 1, 1), window=4, num_moe_blocks=2, num_experts=4, experts_per_token=2),
 }
-
-
-def from_file(directory):
-    """The modelling file of an exported directory as its user imports it: not watched by the tests' import hook."""
-    spec = importlib.util.spec_from_file_location("modeling_of_test_onnx", directory / "modeling_skysensev2.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +38,7 @@ def directories(tmp_path_factory):
         description = json.loads(json.dumps(description))
         write.write_directory(directory, state={}, config=description, card="")  # for its modelling file
         torch.manual_seed(len(name))
-        model = from_file(directory).SkySenseV2(description)
+        model = module_from_file(directory / "modeling_skysensev2.py").SkySenseV2(description)
         with torch.no_grad():
             for weights in model.parameters():  # layer scales and biases far from their first values
                 weights.add_(0.1 * torch.randn_like(weights))
@@ -70,7 +61,7 @@ def command(directory, out, *, modality="hr", size="44"):
 
 
 def backbone_of(directory, modality):
-    module = from_file(directory)
+    module = module_from_file(directory / "modeling_skysensev2.py")
     return module.FeaturesOnly(module.SkySenseV2.from_pretrained(directory, check_inputs=False), modality).eval()
 
 

@@ -1,6 +1,5 @@
 """docs/examples/segment_naip.py runs as its user runs it; its arithmetic; another library's decode head on the maps."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from loading import module_from_file
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import UperNetConfig
@@ -25,14 +25,6 @@ from skysense_jax.modalities import select
 EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "segment_naip.py"
 
 
-def from_file(path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_test_segment", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """An exported directory with random weights."""
@@ -42,7 +34,7 @@ def directory(tmp_path_factory):
     )
     write.write_directory(root / "code", state={}, config=description, card="")
     torch.manual_seed(0)
-    model = from_file(root / "code" / "modeling_skysensev2.py").SkySenseV2(json.loads(json.dumps(description)))
+    model = module_from_file(root / "code" / "modeling_skysensev2.py").SkySenseV2(json.loads(json.dumps(description)))
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     write.write_directory(root / "exported", state=state, config=description, card="")
     return root / "exported"
@@ -110,7 +102,7 @@ def test_example_trains_a_head_prints_scores_and_saves(directory, chips, tmp_pat
 
 
 def test_example_trains_the_backbone_on_enlarged_chips(directory, chips, tmp_path, capsys):
-    example, out = from_file(EXAMPLE), tmp_path / "head.safetensors"
+    example, out = module_from_file(EXAMPLE), tmp_path / "head.safetensors"
     options = ["--steps=3", "--tune", "--scale=2"]
     example.run(example.parse([f"--model={directory}", f"--data={chips}", f"--out={out}", *options]))
     assert_trained(capsys.readouterr().out, out, {"head", "backbone"})
@@ -129,7 +121,7 @@ def test_example_trains_the_backbone_on_enlarged_chips(directory, chips, tmp_pat
     ],
 )
 def test_wrong_argument_is_said(directory, chips, tmp_path, changed, message):
-    example, given = from_file(EXAMPLE), {"model": directory, "data": chips, "steps": 1, **changed}
+    example, given = module_from_file(EXAMPLE), {"model": directory, "data": chips, "steps": 1, **changed}
     arguments = [f"--out={tmp_path / 'x'}", *(f"--{key}={value}" for key, value in given.items())]
     with pytest.raises(ValueError, match=message):
         example.run(example.parse(arguments))
@@ -143,7 +135,7 @@ def test_wrong_argument_ends_in_one_line(directory, tmp_path):
 
 
 def test_scores_equal_a_loop_over_pixels():
-    example = from_file(EXAMPLE)
+    example = module_from_file(EXAMPLE)
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 3, (7, 5)), rng.integers(0, 4, (7, 5))
     labels[0] = example.IGNORED
@@ -163,7 +155,7 @@ def test_scores_equal_a_loop_over_pixels():
 
 
 def test_chip_is_read_without_its_pickle_and_with_unknown_labels_ignored(tmp_path):
-    example = from_file(EXAMPLE)
+    example = module_from_file(EXAMPLE)
     write_chip(tmp_path / "a.hdf5", seed=1)
     image, label = example.read_chip(tmp_path / "a.hdf5")
     assert image.shape == (3, 64, 64)
@@ -177,7 +169,7 @@ def test_chip_is_read_without_its_pickle_and_with_unknown_labels_ignored(tmp_pat
 
 
 def test_another_decode_head_takes_the_maps_and_trains_the_backbone(directory):
-    modelling = from_file(directory / "modeling_skysensev2.py")
+    modelling = module_from_file(directory / "modeling_skysensev2.py")
     backbone = modelling.FeaturesOnly(modelling.SkySenseV2.from_pretrained(directory), "hr")
     config = UperNetConfig(hidden_size=32, num_labels=6, pool_scales=(1, 2))
     head = UperNetHead(config, in_channels=backbone.out_channels).train()

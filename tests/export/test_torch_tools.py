@@ -1,12 +1,11 @@
 """The PyTorch network under PyTorch's own tools: compile, export, autocast, 16 bits, checkpointing, drop path."""
 
-import importlib.util
 import io
 import json
-import sys
 
 import pytest
 import torch
+from loading import module_from_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,11 +23,7 @@ def modelling(tmp_path_factory):
     """The modelling file of an exported directory as its user imports it: not watched by the tests' import hook."""
     directory = tmp_path_factory.mktemp("tools") / "exported"
     write.write_directory(directory, state={}, config={}, card="")
-    spec = importlib.util.spec_from_file_location("modeling_of_test_torch_tools", directory / "modeling_skysensev2.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_from_file(directory / "modeling_skysensev2.py")
 
 
 @pytest.fixture(params=tuple(NETWORKS))

@@ -1,0 +1,55 @@
+"""FLOPs of a traced function: matrix products and convolutions of its jaxpr, loops times their length.
+
+Compilers count the body of a loop once (TPU) or nothing (GPU), so the program is counted before it is compiled.
+A multiply-add is two; recomputation that a checkpoint policy asks for is in the jaxpr and counts.
+"""
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+
+def of_jaxpr(jaxpr: core.Jaxpr) -> float:
+    """FLOPs of one run of a jaxpr, over all devices.
+
+    Raises:
+      ValueError: a loop whose length is not known before it runs holds matrix products.
+    """
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _of_product(equation)
+    if name == "conv_general_dilated":
+        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+        out_features = params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[out_features]
+    inner = [of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+    if name == "scan":
+        return params["length"] * sum(inner, 0.0)
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise ValueError("a while loop with matrix products: how often it runs is not known before it does")
+    return sum(inner, 0.0)
+
+
+def _of_product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters: of calls, branches, bodies."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found

@@ -1,0 +1,131 @@
+"""Compiles a step for a target without hardware and says what a device would hold, compute, move and send.
+
+The target's own compiler does it (extras ``plan-tpu`` and ``plan-gpu``), so what fits here fits there; times are rates
+of targets.py and no measurement. Next: __main__.py prints it.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from skysense_jax import assembly, sharding, train_state
+from skysense_jax.plan import flops, program
+from skysense_jax.plan.targets import Chip, Target
+
+# What libtpu asks of the cloud's metadata server, answered here, where there is none; two processes may compile.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any will do: the topology is given
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# What XLA asks of a GPU to compile for it; limits are those of NVIDIA's compute capability 9.0 (Hopper).
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  fpus_per_core: 128 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  core_count: {chip.cores} memory_bandwidth: {chip.memory_bandwidth:.0f} device_memory_size: {chip.memory_bytes}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "NVIDIA {chip.name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Of one step on one device.
+
+    Attributes:
+      state_bytes: arguments, which are the training state and the batch; donated, so that they stand once.
+      temporary_bytes: activations, gradients and what the compiler keeps besides.
+      peak_bytes: the most that stands at one time, as the compiler says.
+      flops: of the step as traced, recomputation included, by formula-free count over its jaxpr, a device's share.
+      traffic: what the compiled program moves and sends.
+    """
+
+    state_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    flops: float
+    traffic: program.Traffic
+
+    def compute_seconds(self, chip: Chip) -> float:
+        """At the chip's rated bf16 FLOPs."""
+        return self.flops / chip.flops
+
+    def memory_seconds(self, chip: Chip) -> float:
+        """Of the memory traffic at the chip's rated bandwidth."""
+        return self.traffic.memory_bytes / chip.memory_bandwidth
+
+    def network_seconds(self, target: Target) -> float:
+        """Of all exchanges one after another: those within a slice or host over its links, others over the network."""
+        return sum(c.bytes_sent / _bandwidth(c, target) for c in self.traffic.collectives)
+
+    def step_seconds(self, target: Target) -> float:
+        """The longer of compute and memory, and half of the network: compilers hide a part of it behind the rest."""
+        alone = max(self.compute_seconds(target.chip), self.memory_seconds(target.chip))
+        return alone + self.network_seconds(target) / 2
+
+
+def _bandwidth(collective: program.Collective, target: Target) -> float:
+    """Bytes a second that a device sends in an exchange: over links if all of its group are linked."""
+    linked = min(target.chips_per_slice, target.chip.largest_slice)
+    return target.chip.link_bandwidth if collective.group <= linked else target.chip.network_bandwidth
+
+
+def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
+    """The mesh of a run over the target's devices, which only a compiler may use.
+
+    Raises:
+      ValueError: the target's compiler is not installed, or the sizes do not multiply to the number of chips.
+    """
+    wanted, extra = ("libtpu", "plan-tpu") if target.chip.platform == "tpu" else ("jax_cuda13_plugin", "plan-gpu")
+    if importlib.util.find_spec(wanted) is None:
+        raise ValueError(f"--target={target.chip.name}: no compiler for it: pip install 'skysense-jax[{extra}]'")
+    if target.chip.platform == "tpu":
+        for name, value in _TPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        options: dict[str, Any] = {"topology_name": target.topology, "num_slices": target.num_slices}
+        if target.chips_per_slice == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    else:
+        options = {"topology": target.topology, "target_config": _HOPPER.format(chip=target.chip)}
+    devices = topologies.get_topology_desc(platform=target.chip.platform, **options).devices
+    return sharding.make_mesh(**sizes, devices=devices)
+
+
+def compile_step(config: Any, mesh: Mesh) -> Forecast:
+    """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated."""
+    run = assembly.assemble(config)
+    shapes = assembly.batch_shapes(config, run.modalities)
+    with jax.set_mesh(mesh):
+        boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
+        placed = sharding.batch_sharding(mesh)
+        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
+        step = jax.jit(run.step, donate_argnums=0, out_shardings=(train_state.state_shardings(boxed, mesh), None))
+        traced = step.trace(train_state.abstract_state(boxed, mesh), batch)
+        compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    return Forecast(
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        flops=flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size,
+        traffic=program.traffic(compiled.as_text(), dict(mesh.shape)),
+    )

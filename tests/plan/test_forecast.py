@@ -1,0 +1,86 @@
+"""The step compiled for chips that are not here, by their own compiler, and what the command says of it."""
+
+import importlib.util
+
+import jax
+import pytest
+from micro import micro_config
+
+from skysense_jax import assembly, sharding, train_state
+from skysense_jax.plan import __main__ as command
+from skysense_jax.plan import forecast, targets
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The micro step for four v5e chips."""
+    config, target = micro_config(), targets.parse("v5e:4")
+    config.mesh.update(data=2, fsdp=2)
+    mesh = forecast.make_mesh(target, dict(config.mesh))
+    return config, target, mesh, forecast.compile_step(config, mesh)
+
+
+def test_state_of_a_device_is_its_share_of_the_arrays(planned):
+    config, _, mesh, found = planned
+    run = assembly.assemble(config)
+    shapes = assembly.batch_shapes(config, run.modalities)
+    boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
+    wanted = sum(
+        leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
+        for leaf in jax.tree.leaves(train_state.abstract_state(boxed, mesh))
+    )
+    wanted += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) // mesh.size
+    # the compiler pads the last axes of small arrays to its tiles
+    assert wanted <= found.state_bytes <= 8 * wanted
+    assert found.state_bytes < found.peak_bytes < targets.CHIPS["v5e"].memory_bytes
+
+
+def test_exchanges_of_the_step_lie_on_the_axes_of_the_mesh(planned):
+    found = planned[3].traffic.collectives
+    assert {axis for c in found for axis in c.axes} == {"data", "fsdp"}
+    assert "all-gather" in {c.kind for c in found if c.axes == ("fsdp",)}  # parameters before they are used
+    assert all(c.bytes_sent > 0 and c.count > 0 for c in found)
+    assert planned[3].traffic.memory_bytes > planned[3].state_bytes
+
+
+def test_report_says_what_does_not_depend_on_rates(planned):
+    config, target, mesh, found = planned
+    text = command.report(config, target, dict(mesh.shape), found)
+    assert text.startswith("micro, batch 8, on 4 x v5e")
+    assert "mesh: data 2, fsdp 2, tensor 1, expert 1" in text
+    assert f"{found.flops / 1e12:.4f}" in text
+    # micro's heads, which the formula leaves out, are as large as its backbone
+    assert found.flops * mesh.size > command.formula_flops(config)
+
+
+def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):
+    config, target, mesh, found = planned
+    monkeypatch.setattr(forecast, "make_mesh", lambda *_: mesh)
+    monkeypatch.setattr(forecast, "compile_step", lambda *_: found)
+    command.plan(config, target)
+    assert "predicted" in capsys.readouterr().out
+    monkeypatch.setattr(command, "_FULL", found.peak_bytes / target.chip.memory_bytes / 2)
+    with pytest.raises(ValueError, match=r"does not fit: .* try more chips; config.mesh.fsdp larger"):
+        command.plan(config, target)
+
+
+def test_missing_compiler_names_its_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--target=v5e: no compiler for it: pip install 'skysense-jax\[plan-tpu\]'"):
+        forecast.make_mesh(targets.parse("v5e:4"), dict(data=1, fsdp=4, tensor=1, expert=1))
+
+
+def test_mesh_of_slices_divides_the_data_axis_and_refuses_others():
+    target = targets.parse("v5e:512")
+    mesh = forecast.make_mesh(target, dict(data=2, fsdp=256, tensor=1, expert=1))
+    slices = [{device.slice_index for device in row.ravel()} for row in mesh.devices]
+    assert slices == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"config.mesh.data: got 1; wanted a multiple of the 2 slices"):
+        forecast.make_mesh(target, dict(data=1, fsdp=512, tensor=1, expert=1))
+
+
+def test_sharding_of_a_tpu_mesh_covers_every_chip_once():
+    mesh = forecast.make_mesh(targets.parse("v5p:64"), dict(data=4, fsdp=16, tensor=1, expert=1))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 16, "tensor": 1, "expert": 1}
+    assert len({device.id for device in mesh.devices.ravel()}) == 64
+    assert mesh.axis_names == sharding.MESH_AXES
