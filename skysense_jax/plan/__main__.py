@@ -34,7 +34,7 @@ def formula_flops(config: ConfigDict) -> float:
     return of_sample * config.data.batch_size
 
 
-def report(config: ConfigDict, target: targets.Target, mesh_shape: dict[str, int], f: forecast_lib.Forecast) -> str:
+def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast) -> str:
     """The table that the command prints."""
     chip, samples = target.chip, config.data.batch_size
     model_flops = formula_flops(config) / target.num_chips
@@ -44,7 +44,7 @@ def report(config: ConfigDict, target: targets.Target, mesh_shape: dict[str, int
     gib = lambda num_bytes: f"{num_bytes / targets.GIB:.2f}"  # noqa: E731
     lines = [
         f"{config.name}, batch {samples}, on {target} ({chip.source})",
-        f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh_shape.items())}",
+        f"mesh: {', '.join(f'{axis} {size}' for axis, size in f.mesh_shape.items())}",
         "",
         "of one device, GiB",
         row("state and batch", gib(f.state_bytes)),
@@ -85,7 +85,7 @@ def plan(config: ConfigDict, target: targets.Target) -> None:
         print(target.remark)
     mesh = forecast_lib.make_mesh(target, dict(config.mesh))
     forecast = forecast_lib.compile_step(config, mesh)
-    print(report(config, target, dict(mesh.shape), forecast))
+    print(report(config, target, forecast))
     share = forecast.peak_bytes / target.chip.memory_bytes
     if share > _FULL:
         raise ValueError(f"does not fit: {share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}")

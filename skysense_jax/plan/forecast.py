@@ -6,7 +6,9 @@ of targets.py and no measurement. Next: __main__.py prints it.
 
 import dataclasses
 import importlib.util
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,9 +53,10 @@ class Forecast:
     Attributes:
       state_bytes: arguments, which are the training state and the batch; donated, so that they stand once.
       temporary_bytes: activations, gradients and what the compiler keeps besides.
-      peak_bytes: the most that stands at one time, as the compiler says.
-      flops: of the step as traced, recomputation included, by formula-free count over its jaxpr, a device's share.
+      peak_bytes: state, results that are not donated, and temporaries together: what the program asks for.
+      flops: of the step as traced, recomputation included, counted over its jaxpr; a device's share.
       traffic: what the compiled program moves and sends.
+      mesh_shape: devices along each axis, neighbours along the last.
     """
 
     state_bytes: int
@@ -61,6 +64,7 @@ class Forecast:
     peak_bytes: int
     flops: float
     traffic: program.Traffic
+    mesh_shape: Mapping[str, int]
 
     def compute_seconds(self, chip: Chip) -> float:
         """At the chip's rated bf16 FLOPs."""
@@ -72,18 +76,19 @@ class Forecast:
 
     def network_seconds(self, target: Target) -> float:
         """Of all exchanges one after another: those within a slice or host over its links, others over the network."""
-        return sum(c.bytes_sent / _bandwidth(c, target) for c in self.traffic.collectives)
+        return sum(c.bytes_sent / self._bandwidth(c, target) for c in self.traffic.collectives)
 
     def step_seconds(self, target: Target) -> float:
         """The longer of compute and memory, and half of the network: compilers hide a part of it behind the rest."""
         alone = max(self.compute_seconds(target.chip), self.memory_seconds(target.chip))
         return alone + self.network_seconds(target) / 2
 
-
-def _bandwidth(collective: program.Collective, target: Target) -> float:
-    """Bytes a second that a device sends in an exchange: over links if all of its group are linked."""
-    linked = min(target.chips_per_slice, target.chip.largest_slice)
-    return target.chip.link_bandwidth if collective.group <= linked else target.chip.network_bandwidth
+    def _bandwidth(self, collective: program.Collective, target: Target) -> float:
+        """Bytes a second that a device sends: over links if the axes of the exchange, and all within, are linked."""
+        outermost = list(self.mesh_shape).index(collective.axes[0])
+        reach = math.prod(list(self.mesh_shape.values())[outermost:])
+        linked = min(target.chips_per_slice, target.chip.largest_slice)
+        return target.chip.link_bandwidth if reach <= linked else target.chip.network_bandwidth
 
 
 def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
@@ -128,4 +133,5 @@ def compile_step(config: Any, mesh: Mesh) -> Forecast:
         + memory.temp_size_in_bytes,
         flops=flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size,
         traffic=program.traffic(compiled.as_text(), dict(mesh.shape)),
+        mesh_shape=dict(mesh.shape),
     )

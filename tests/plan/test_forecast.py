@@ -8,7 +8,7 @@ from micro import micro_config
 
 from skysense_jax import assembly, sharding, train_state
 from skysense_jax.plan import __main__ as command
-from skysense_jax.plan import forecast, targets
+from skysense_jax.plan import forecast, program, targets
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,28 @@ def test_exchanges_of_the_step_lie_on_the_axes_of_the_mesh(planned):
 
 def test_report_says_what_does_not_depend_on_rates(planned):
     config, target, mesh, found = planned
-    text = command.report(config, target, dict(mesh.shape), found)
+    text = command.report(config, target, found)
     assert text.startswith("micro, batch 8, on 4 x v5e")
     assert "mesh: data 2, fsdp 2, tensor 1, expert 1" in text
     assert f"{found.flops / 1e12:.4f}" in text
     # micro's heads, which the formula leaves out, are as large as its backbone
     assert found.flops * mesh.size > command.formula_flops(config)
+
+
+@pytest.mark.parametrize(
+    ("target", "axes", "rate"),
+    [
+        ("h200:16", ("fsdp",), "link_bandwidth"),  # eight neighbours of a host
+        ("h200:16", ("data",), "network_bandwidth"),  # groups of two, one on each host
+        ("h200:16", ("data", "fsdp"), "network_bandwidth"),
+        ("v5p:16", ("data", "fsdp"), "link_bandwidth"),  # one slice
+    ],
+)
+def test_exchange_that_leaves_the_host_takes_the_network_however_small_its_group(target, axes, rate):
+    target, mesh_shape = targets.parse(target), dict(data=2, fsdp=8, tensor=1, expert=1)
+    exchange = program.Collective("all-reduce", axes, 2, 1, 1e9)
+    found = forecast.Forecast(1, 1, 1, 1.0, program.Traffic(1.0, (exchange,)), mesh_shape)
+    assert found.network_seconds(target) == 1e9 / getattr(target.chip, rate)
 
 
 def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):
