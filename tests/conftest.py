@@ -16,8 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
-from absl import flags  # noqa: E402
+from absl import flags, logging  # noqa: E402
 
+_LEVEL = logging.get_absl_logger().level
 flags.FLAGS.mark_as_parsed()  # Grain reads a flag; without absl.app it would refuse (grain #1355)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -30,6 +31,12 @@ def _no_leaked_mesh():
     """A test that leaves a mesh set would change every test after it."""
     yield
     assert jax.sharding.get_abstract_mesh().empty
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level():
+    """Commands turn logging down for their process; here that is the process of every test after them."""
+    logging.get_absl_logger().setLevel(_LEVEL)
 
 
 def pytest_addoption(parser):
