@@ -1,6 +1,6 @@
 """Every field of a run, with its meaning, unit and source. The named sizes override what differs.
 
-Sections are promises about results: ``run``, ``mesh`` and ``efficiency`` never move the loss beyond rounding;
+Sections are promises about results: ``run``, ``mesh``, ``efficiency`` and ``parts`` move the loss by rounding only;
 ``data``, ``model``, ``objective`` and ``optim`` may. A section is splatted into keyword arguments, so a key here is
 the name of an argument there. [P] published, [D] decided here where the papers are silent.
 
@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.run = _run()
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)  # devices per axis; -1: what is left
     config.efficiency = _efficiency()
+    config.parts = _parts()
     config.data = _data()
     config.model = _model()
     config.objective = _objective()
@@ -46,9 +47,17 @@ def _run() -> dict:
 
 def _efficiency() -> dict:
     return dict(
-        remat="blocks",  # "none", "blocks": recompute each block's inside in the backward pass
+        remat="blocks",  # recomputed in the backward pass: "none", "matmuls" (all but matrix products), "blocks" (all)
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
         attention="xla",  # of global blocks and fusion: "xla" or "cudnn" (16-bit types on NVIDIA GPUs; not run)
+    )
+
+
+def _parts() -> dict:
+    """Parts of a batch that go one after the other, for less memory; each must hold a sample for every device."""
+    return dict(
+        microbatches=1,  # through the networks: gradient accumulation; Sinkhorn and counts stay the whole batch's
+        logits=1,  # of a microbatch (of the batch in the Sinkhorn), whose prototype logits stand in memory at a time
     )
 
 

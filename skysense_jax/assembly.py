@@ -74,10 +74,12 @@ def assemble(config: ConfigDict) -> Run:
             student_temperature=objective.student_temperature,
             sinkhorn_iterations=objective.sinkhorn_iterations,
             text_table=text_table,
+            logit_parts=config.parts.logits,
         ),
         schedules=schedules,
         seed=config.optim.seed,
         photometric_strength=config.data.photometric_strength,
+        microbatches=config.parts.microbatches,
     )
     return Run(rows, student, teacher, optimizer, schedules, step)
 

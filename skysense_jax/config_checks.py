@@ -1,7 +1,7 @@
 """What a config may hold: each field's type and range (``_RULES``), and what fields owe each other (``validate``).
 
 Every field stands in ``configs/base.py``; all that is wrong is said at once, before anything is compiled.
-Half of the room ``config.py``, which is what entry points import.
+A part of the room ``config.py``, which is what entry points import; config_layout.py is another.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from skysense_jax import modalities
+from skysense_jax.config_layout import layout_problems
 from skysense_jax.data import codecs, text
 from skysense_jax.data.scenes_layout import MAX_EXTENT_CELLS
 
@@ -108,9 +109,10 @@ _RULES: Mapping[str, _Rule] = {
     "run.tensorboard": _SWITCH,
     "run.wandb_project": _TEXT,
     "mesh.*": _MESH_SIZE,
-    "efficiency.remat": _one_of("none", "blocks"),
+    "efficiency.remat": _one_of("none", "matmuls", "blocks"),
     "efficiency.scan_unroll": _whole(1),
     "efficiency.attention": _one_of("xla", "cudnn"),
+    "parts.*": _whole(1),
     "data.modalities": _NAMES,
     "data.new_modalities": _ROWS,
     "data.sources": _SOURCES,
@@ -237,7 +239,7 @@ def validate(config: ConfigDict, *, num_devices: int | None = None) -> None:
     if not problems:
         checks = (_data_problems, _view_problems, _model_problems, _objective_problems, _optim_problems)
         problems = [problem for check in checks for problem in check(config)]
-        problems += _mesh_problems(config, num_devices)
+        problems += layout_problems(config, num_devices)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -395,22 +397,4 @@ def _optim_problems(config: ConfigDict) -> Iterator[str]:
         yield (
             f"config.eval.num_train_scenes: got 0; wanted at least 1 with num_test_scenes "
             f"{config.eval.num_test_scenes}, or both 0 for no probe"
-        )
-
-
-def _mesh_problems(config: ConfigDict, num_devices: int | None) -> Iterator[str]:
-    sizes = dict(config.mesh)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        yield f"config.mesh: got {sizes}; wanted at most one -1"
-        return
-    if free:  # without a number of devices only what is known can be checked; sharding.make_mesh refuses what is left
-        known = math.prod(size for size in sizes.values() if size != -1)
-        fits = num_devices is not None and num_devices % known == 0
-        sizes[free[0]] = num_devices // known if fits else 1
-    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]  # the axes that samples lie on: sharding.BATCH
-    if config.data.batch_size % shards:
-        yield (
-            f"config.data.batch_size: got {config.data.batch_size}; wanted a multiple of {shards}, the product of the "
-            f"mesh axes data {sizes['data']}, fsdp {sizes['fsdp']} and expert {sizes['expert']}"
         )

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh
 
 from skysense_jax.optim import decays
-from skysense_jax.sharding import UNSHARDED
+from skysense_jax.sharding import UNSHARDED, tree_shardings, unbox
 from skysense_jax.trees import named_leaves
 
 
@@ -32,6 +34,24 @@ def parameter_table(boxed_shapes: Any) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[5])) for row in rows]
     return "\n".join([*lines, f"{total:,} parameters in {len(rows)} arrays"]) + "\n"
+
+
+def placement_table(boxed_shapes: Any, mesh: Mesh | AbstractMesh) -> str:
+    """A line per array, sorted by path: path, shape, mesh axes per axis, bytes on each device; then the total of those.
+
+    ``mesh`` may be abstract: no device is needed.
+    """
+    placed = named_leaves(tree_shardings(boxed_shapes, mesh))
+    rows, total = [], 0
+    for path, leaf in sorted(named_leaves(unbox(boxed_shapes)).items()):
+        share = math.prod(placed[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        shape = f"({', '.join(map(str, leaf.shape))})"
+        axes = " ".join("+".join(np.atleast_1d(axis)) if axis else "-" for axis in placed[path].spec)
+        rows.append((path, shape, axes or "-", f"{share:,}"))
+        total += share
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[3])) for row in rows]
+    return "\n".join([*lines, f"{total:,} bytes on each of {mesh.size} devices"]) + "\n"
 
 
 def _decay_word(path: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import spmd
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -103,7 +103,7 @@ def unbox(tree: Any) -> Any:
     )
 
 
-def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """For a tree of boxed shapes: where each leaf lives. An axis that its mesh axes do not divide is kept whole.
 
     Raises:
@@ -113,7 +113,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, boxed, is_leaf=_is_box)
 
 
-def undivided(boxed: Any, mesh: Mesh) -> list[str]:
+def undivided(boxed: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     """Paths of the leaves of which an axis is whole on every device, because its mesh axes do not divide it."""
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
     return [
@@ -125,7 +125,7 @@ def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def _placed_axes(leaf: Any, mesh: Mesh) -> list[tuple[Any, bool]]:
+def _placed_axes(leaf: Any, mesh: Mesh | AbstractMesh) -> list[tuple[Any, bool]]:
     """For each axis: the mesh axes it lies over (None: whole), and whether those of its rule divide it."""
     rules = {**dict(LOGICAL_AXIS_RULES), None: None}
     names = leaf.names if isinstance(leaf, nn.Partitioned) else ()

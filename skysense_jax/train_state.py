@@ -37,8 +37,8 @@ class TrainState:
 
 def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, seed: int) -> TrainState:
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-    params_key, drop_key = jax.random.split(jax.random.key(seed))
-    student = model.init({"params": params_key, "drop_path": drop_key}, zeros, train=False)["params"]
+    params_key, _ = jax.random.split(jax.random.key(seed))
+    student = model.init(params_key, zeros, train=False)["params"]
     counter = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     return TrainState(
         step=counter(),

@@ -1,8 +1,9 @@
 """One training step: the only place where loss terms are weighted and summed.
 
 Order: photometric changes; the teacher's features and targets; the student's loss and gradient; the update, skipped
-when a number is not finite; the teacher's moving average. Targets and terms are apart, so that gradient accumulation
-can put one Sinkhorn between them. Next: losses/ (each term), models/skysense.py (the network).
+when a number is not finite; the teacher's moving average. Microbatches (gradient accumulation) change nothing: the
+teacher sees all of them, then comes one Sinkhorn, then the student sees them, each term divided by its count over the
+whole batch. Next: sides.py (what both networks are asked), losses/ (each term).
 """
 
 import dataclasses
@@ -13,18 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from skysense_jax import photometric
 from skysense_jax.batch import Batch
-from skysense_jax.losses import koleo, matching, mgcl, qsacl, text_alignment
+from skysense_jax.losses import koleo, mgcl, parts, qsacl, text_alignment
 from skysense_jax.losses.contrastive import Term, unit
 from skysense_jax.modalities import Modality
-from skysense_jax.models.skysense import Features, SkySense, usable_cells
+from skysense_jax.models.skysense import SkySense, usable_cells
 from skysense_jax.photometric import named_key
+from skysense_jax.sides import FUSED, Inputs, Side, feature_sets, prepare_inputs
 from skysense_jax.train_state import TrainState
 
-FUSED = "fused"  # the set of fused features, beside one set per modality
 Metrics = Mapping[str, Float[Array, ""]]
 
 
@@ -39,13 +39,18 @@ class Schedules:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The fields of ``config.objective`` that the step reads, and the text table [L X] (None with its term off)."""
+    """The fields of ``config.objective`` that the step reads, and the text table [L X] (None with its term off).
+
+    Attributes:
+      logit_parts: parts of a microbatch whose prototype logits stand in memory one after the other.
+    """
 
     weights: Mapping[str, float]
     mgcl: Mapping[str, Any]
     student_temperature: float
     sinkhorn_iterations: int
     text_table: Any = None
+    logit_parts: int = 1
 
     @property
     def granularities(self) -> Mapping[str, float]:
@@ -56,13 +61,18 @@ class Objective:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """A batch ready for the network: normalised images of both view shapes, and how views lie on each other."""
+class Seen:
+    """What the teacher sees, the batch first, before the Sinkhorn that all samples share.
 
-    batch: Batch
-    global_images: Any  # {m: B V T H W C}
-    local_images: Any
-    matches: tuple[matching.Match, matching.Match]  # of global and of local student views on the teacher's
+    Attributes:
+      rows: per set of features, what MGCL compares with; empty with the term off.
+      queries: of the global and of the local views, and which views have a usable cell; None with the term off.
+      images: per set the mean token of each image, and whether it has one.
+    """
+
+    rows: Mapping[str, mgcl.TeacherRows]
+    queries: Any  # (B Vg R D, B Vl R D, B Vg, B Vl)
+    images: Mapping[str, tuple[Any, Any]]  # {set: (B V T D, B V T)}
 
 
 @jax.tree_util.register_dataclass
@@ -72,99 +82,17 @@ class Targets:
 
     mgcl: Mapping[str, mgcl.Targets]
     queries: qsacl.QueryTargets | None
-    feature_std: Mapping[str, Any]
 
 
-def prepare_inputs(
-    batch: Batch, modalities: tuple[Modality, ...], *, key: jax.Array, strength: float, num_positions: int
-) -> Inputs:
-    """The batch with photometric changes drawn from ``key``, normalised, and its views matched on the ground."""
-    images, matches = [], []
-    teacher_grid = batch.global_views.labels.shape[2:4]
-    for name, views in (("global", batch.global_views), ("local", batch.local_views)):
-        view_key = named_key(key, name)
-        images.append(photometric.prepare(views, modalities, key=named_key(view_key, "photometric"), strength=strength))
-        matches.append(
-            matching.match_views(
-                views.affine,
-                batch.global_views.affine,
-                student_grid=views.labels.shape[2:4],
-                teacher_grid=teacher_grid,
-                same=name == "global",
-                key=named_key(view_key, "positions"),
-                num_positions=num_positions,
-            )
-        )
-    return Inputs(batch, *images, tuple(matches))
-
-
-def feature_sets(features: Features) -> dict[str, mgcl.Tokens]:
-    """Tokens of each modality, and of the fused features as one date."""
-    sets = {
-        name: mgcl.Tokens(
-            rearrange(x, "B V T P Q D -> B V T (P Q) D"), rearrange(features.usable[name], "B V T P Q -> B V T (P Q)")
-        )
-        for name, x in features.modality.items()
-    }
-    sets[FUSED] = mgcl.Tokens(
-        rearrange(features.fused, "B V P Q D -> B V 1 (P Q) D"),
-        rearrange(features.fused_usable, "B V P Q -> B V 1 (P Q)"),
-    )
-    return sets
-
-
-class Side:
-    """The student's or the teacher's network with its parameters, as the losses call it."""
-
-    def __init__(self, model: SkySense, params: Any, *, drop_key: jax.Array | None = None):
-        self._model, self._params, self._drop_key = model, params, drop_key
-
-    def encode(self, inputs: Inputs, name: str) -> Features:
-        """Features of the global or local views, with the routing of training."""
-        images = inputs.global_images if name == "global" else inputs.local_images
-        views = inputs.batch.global_views if name == "global" else inputs.batch.local_views
-        rngs = {} if self._drop_key is None else {"drop_path": named_key(self._drop_key, name)}
-        return self._model.apply(
-            {"params": self._params},
-            images,
-            views,
-            present=inputs.batch.present,
-            day_of_year=inputs.batch.day_of_year,
-            train=True,
-            rngs=rngs,
-            method="encode",
-        )
-
-    def project(self, set_name: str) -> mgcl.Project:
-        """The projection of a set of features, by granularity."""
-        source = FUSED if set_name == FUSED else "modality"
-        return lambda granularity, x: self._call("project", f"{source}_{granularity}", x)
-
-    def queries(self, features: Features) -> Float[Array, "B V R D"]:
-        """The semantic queries of each view."""
-        return self._call("aggregate", features)
-
-    def project_queries(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
-        """The projection of standardised queries."""
-        return self._call("project", "query", x)
-
-    def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
-        """Cell features in the text encoder's space, and the scale of their similarities."""
-        return self._call("describe", fused)
-
-    def _call(self, method: str, *args):
-        return self._model.apply({"params": self._params}, *args, method=method)
-
-
-def teacher_targets(teacher: Side, inputs: Inputs, objective: Objective, *, temperature: Float[Array, ""]) -> Targets:
-    """What the teacher says of its views; a constant for the student."""
+def teacher_sees(teacher: Side, inputs: Inputs, objective: Objective) -> Seen:
+    """The teacher's features of some samples, as far as the losses compare with them."""
     features = teacher.encode(inputs, "global")
     sets, batch = feature_sets(features), inputs.batch
     local_usable = usable_cells(batch.local_views, batch.present)
     local_usable[FUSED] = jnp.stack([u.any(2) for u in local_usable.values()]).any(0)[:, :, None]
-    of_sets = {}
+    rows = {}
     for name, tokens in sets.items() if objective.weights["mgcl"] > 0 else ():
-        rows = mgcl.teacher_rows(
+        rows[name] = mgcl.teacher_rows(
             tokens,
             [tokens.usable, rearrange(local_usable[name], "B V T P Q -> B V T (P Q)")],
             inputs.matches,
@@ -172,77 +100,126 @@ def teacher_targets(teacher: Side, inputs: Inputs, objective: Objective, *, temp
             cluster_iterations=objective.mgcl["cluster_iterations"],
             granularities=tuple(objective.granularities),
         )
-        of_sets[name] = mgcl.balance(
-            rows, project=teacher.project(name), temperature=temperature, iterations=objective.sinkhorn_iterations
-        )
     queries = None
     if objective.weights["qsacl"] > 0:
         local = teacher.encode(inputs, "local")
-        queries = qsacl.query_targets(
+        queries = (
             teacher.queries(features),
             teacher.queries(local),
             features.fused_usable.any((2, 3)),
             local.fused_usable.any((2, 3)),
-            project=teacher.project_queries,
-            temperature=temperature,
-            iterations=objective.sinkhorn_iterations,
         )
-    return jax.lax.stop_gradient(Targets(of_sets, queries, {name: _spread(t) for name, t in sets.items()}))
+    images = {name: (mgcl.mean_token(t.features, t.usable), t.usable.any(3)) for name, t in sets.items()}
+    return Seen(rows, queries, images)
 
 
-def student_terms(
-    student: Side, inputs: Inputs, targets: Targets, objective: Objective
-) -> tuple[dict[str, Term], dict[str, Any]]:
-    """The loss table: each term as (sum, count) under the name of its weight, and what else is logged."""
+def teacher_targets(teacher: Side, seen: Seen, objective: Objective, *, temperature: Float[Array, ""]) -> Targets:
+    """What the teacher says of all samples, balanced over them; a constant for the student."""
+    common = dict(temperature=temperature, iterations=objective.sinkhorn_iterations, parts=objective.logit_parts)
+    of_sets = {name: mgcl.balance(rows, project=teacher.project(name), **common) for name, rows in seen.rows.items()}
+    queries = None
+    if seen.queries is not None:
+        queries = qsacl.query_targets(*seen.queries, project=teacher.project_queries, **common)
+    return jax.lax.stop_gradient(Targets(of_sets, queries))
+
+
+def student_sums(student: Side, inputs: Inputs, targets: Targets, objective: Objective) -> dict[str, Any]:
+    """The loss table of some samples, before anything is divided: each term as (sum, count) under its weight's name.
+
+    L_MGCL as one such pair per set and granularity; also what else is logged, and the load of experts. Counts depend
+    on masks and the teacher, never on the student's features.
+    """
     features = {name: student.encode(inputs, name) for name in ("global", "local")}
     sets = {name: feature_sets(x) for name, x in features.items()}
-    weights, terms, logged = objective.weights, {}, {}
+    weights, sums = objective.weights, {}
+    common = dict(temperature=objective.student_temperature, parts=objective.logit_parts)
 
     if weights["mgcl"] > 0:
-        of_sets = {
+        sums["mgcl"] = {
             name: mgcl.student_terms(
                 [sets["global"][name], sets["local"][name]],
                 inputs.matches,
                 targets.mgcl[name],
                 project=student.project(name),
-                temperature=objective.student_temperature,
+                **common,
             )
             for name in targets.mgcl
         }
-        terms["mgcl"] = mgcl.combine(of_sets, weights=objective.granularities)
-        logged |= {f"mgcl/{s}_{g}": term.mean() for s, of_set in of_sets.items() for g, term in of_set.items()}
 
     if weights["qsacl"] > 0:
-        terms["qsacl"] = qsacl.query_term(
+        sums["qsacl"] = qsacl.query_term(
             student.queries(features["global"]),
             student.queries(features["local"]),
             targets.queries,
             project=student.project_queries,
-            temperature=objective.student_temperature,
+            **common,
         )
 
     if weights["text_alignment"] > 0:
-        terms["text_alignment"] = Term(jnp.float32(0), jnp.float32(0))
+        sums["text_alignment"] = Term(jnp.float32(0), jnp.float32(0))
         for name, views in (("global", inputs.batch.global_views), ("local", inputs.batch.local_views)):
             cells, scale = student.describe(features[name].fused)
-            terms["text_alignment"] += text_alignment.text_alignment(
+            sums["text_alignment"] += text_alignment.text_alignment(
                 cells, views.labels, features[name].fused_usable, table=jnp.asarray(objective.text_table), scale=scale
             )
-        logged["text_scale"] = scale
+        sums["text_scale"] = Term(scale, jnp.float32(1))
 
     if weights["koleo"] > 0:
         fused = sets["global"][FUSED]
         images = mgcl.mean_token(fused.features, fused.usable)[:, :, 0]
-        terms["koleo"] = koleo.koleo(images, fused.usable.any((2, 3)))
+        sums["koleo"] = koleo.koleo(images, fused.usable.any((2, 3)))
 
     if features["global"].router is not None:
         router = features["global"].router + features["local"].router
-        terms["balance"], terms["router_z"] = Term(*router.balance), Term(*router.z)
-        logged["experts/dropped"] = Term(*router.dropped).mean()
-        share = router.load / jnp.maximum(router.load.sum(1, keepdims=True), 1.0)
-        for block, row in enumerate(share):
-            logged |= {f"experts/load_block{block}_expert{e}": value for e, value in enumerate(row)}
-    return terms, logged
+        sums["balance"], sums["router_z"] = Term(*router.balance), Term(*router.z)
+        sums["experts/dropped"], sums["experts/load"] = Term(*router.dropped), router.load
+    return sums
+
+
+def loss_table(sums: Mapping[str, Any], objective: Objective) -> dict[str, Float[Array, ""]]:
+    """Each term's value, under the name of its weight. Linear in the sums, the counts being those of the batch."""
+    table = {name: sums[name].mean() for name in objective.weights if isinstance(sums.get(name), Term)}
+    if "mgcl" in sums:
+        table["mgcl"] = mgcl.combine(sums["mgcl"], weights=objective.granularities).mean()
+    return table
+
+
+def student_gradient(
+    student: Callable[[Any], Side],
+    params: Any,
+    inputs: Inputs,
+    targets: Targets,
+    objective: Objective,
+    *,
+    microbatches: int,
+) -> tuple[Float[Array, ""], dict[str, Any], Any]:
+    """The loss, the batch's ``student_sums`` and the gradient of the loss, worked out in microbatches."""
+
+    def loss_of(params, inputs, targets, counts):
+        sums = student_sums(student(params), inputs, targets, objective)
+        table = loss_table(sums if counts is None else _with_counts(sums, counts), objective)
+        return sum(objective.weights[name] * value for name, value in table.items()), sums
+
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    if microbatches == 1:
+        (loss, sums), gradient = grad(params, inputs, targets, None)
+        return loss, sums, gradient
+    # only counts are used of this, and no feature is in them: the compiler leaves the network out
+    counts = student_sums(student(params), inputs, targets, objective)
+
+    def add(so_far, part):
+        (loss, sums), gradient = grad(params, *part, counts)
+        return jax.tree.map(jnp.add, so_far, (loss, sums, gradient))
+
+    start = jax.tree.map(jnp.zeros_like, (jnp.float32(0), counts, params))
+    return parts.fold(add, start, (inputs, targets), parts=microbatches)
+
+
+def _with_counts(sums, counts):
+    """``sums``, each term with the count of the whole batch."""
+    is_term = lambda leaf: isinstance(leaf, Term)  # noqa: E731
+    swap = lambda own, whole: Term(own.sum, whole.count) if is_term(own) else own  # noqa: E731
+    return jax.tree.map(swap, sums, counts, is_leaf=is_term)
 
 
 def make_train_step(
@@ -255,6 +232,7 @@ def make_train_step(
     schedules: Schedules,
     seed: int,
     photometric_strength: float,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), to be jitted under ``jax.set_mesh`` with the state donated.
 
@@ -267,21 +245,20 @@ def make_train_step(
         inputs = prepare_inputs(
             batch,
             modalities,
+            student_model,
             key=named_key(key, "inputs"),
             strength=photometric_strength,
             num_positions=objective.mgcl["num_positions"],
         )
         temperature = schedules.teacher_temperature(state.step)
         # fp32; each layer casts what it multiplies. An average stored in bf16 would stand still.
-        targets = teacher_targets(Side(teacher_model, state.teacher), inputs, objective, temperature=temperature)
-
-        def loss_of(params):
-            student = Side(student_model, params, drop_key=named_key(key, "drop_path"))
-            terms, logged = student_terms(student, inputs, targets, objective)
-            logged |= {f"loss/{name}": term.mean() for name, term in terms.items()}
-            return sum(objective.weights[name] * term.mean() for name, term in terms.items()), logged
-
-        (loss, logged), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.student)
+        teacher = Side(teacher_model, state.teacher, drops=False)
+        seen = parts.each(lambda part: teacher_sees(teacher, part, objective), inputs, parts=microbatches)
+        targets = teacher_targets(teacher, seen, objective, temperature=temperature)
+        student_of = lambda params: Side(student_model, params, drops=True)  # noqa: E731
+        loss, sums, gradient = student_gradient(
+            student_of, state.student, inputs, targets, objective, microbatches=microbatches
+        )
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -298,7 +275,7 @@ def make_train_step(
             nonfinite_in_row=jnp.where(finite, 0, state.nonfinite_in_row + 1),
             nonfinite_total=state.nonfinite_total + ~finite,
         )
-        logged |= {
+        logged = {
             "loss": loss,
             "gradient_norm": gradient_norm,
             "learning_rate": schedules.learning_rate(
@@ -308,29 +285,46 @@ def make_train_step(
             "ema_momentum": momentum,
             "nonfinite_in_row": new_state.nonfinite_in_row,
             "nonfinite_total": new_state.nonfinite_total,
-            **_collapse_signals(targets),
+            **{f"loss/{name}": value for name, value in loss_table(sums, objective).items()},
+            **_signals(sums),
+            **_collapse_signals(seen, targets),
         }
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in sorted(logged.items())}
 
     return train_step
 
 
-def _spread(tokens: mgcl.Tokens) -> Float[Array, ""]:
+def _signals(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged beside the terms: parts of L_MGCL, the temperature of text, what routers did."""
+    signals = {
+        f"mgcl/{name}_{granularity}": term.mean()
+        for name, of_set in sums.get("mgcl", {}).items()
+        for granularity, term in of_set.items()
+    }
+    signals |= {name: sums[name].mean() for name in ("text_scale", "experts/dropped") if name in sums}
+    if "experts/load" in sums:
+        load = sums["experts/load"]
+        share = load / jnp.maximum(load.sum(1, keepdims=True), 1.0)
+        for block, row in enumerate(share):
+            signals |= {f"experts/load_block{block}_expert{e}": value for e, value in enumerate(row)}
+    return signals
+
+
+def _spread(images: Float[Array, "B V T D"], seen: Bool[Array, "B V T"]) -> Float[Array, ""]:
     """Standard deviation of unit image features over the batch, times sqrt(D): 0 collapsed, 1 isotropic."""
-    x = unit(mgcl.mean_token(tokens.features, tokens.usable))
-    weight = tokens.usable.any(3)[..., None].astype(jnp.float32)
+    x, weight = unit(images), seen[..., None].astype(jnp.float32)
     count = jnp.maximum(weight.sum(), 1.0)
     mean = (x * weight).sum((0, 1, 2)) / count
     return jnp.sqrt(((jnp.square(x - mean) * weight).sum((0, 1, 2)) / count).sum())
 
 
-def _collapse_signals(targets: Targets) -> dict[str, Any]:
+def _collapse_signals(seen: Seen, targets: Targets) -> dict[str, Any]:
     """Entropy of the teacher's targets, spread of its features, use of the queries."""
-    signals = {f"feature_std/{name}": value for name, value in targets.feature_std.items()}
+    signals = {f"feature_std/{name}": _spread(*images) for name, images in seen.images.items()}
     for name, of_set in targets.mgcl.items():
-        for granularity, entropy in of_set.entropy.items():
+        for granularity, entropy in of_set.entropy.value.items():
             signals[f"target_entropy/{name}_{granularity}"] = entropy.of_rows
             signals[f"target_entropy_of_mean/{name}_{granularity}"] = entropy.of_mean
     if targets.queries is not None:
-        signals["query_usage"] = qsacl.query_usage(*targets.queries.rows())
+        signals["query_usage"] = targets.queries.usage.value
     return signals

@@ -1,8 +1,10 @@
-"""The smallest config that has every part: for tests that run the whole step."""
+"""The smallest configs that have every part, and their step on a mesh: for tests that run the whole step."""
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import tiny
+from skysense_jax import assembly, feed, sharding, train_state
 
 
 def micro_config() -> ConfigDict:
@@ -33,3 +35,44 @@ def micro_config() -> ConfigDict:
     config.optim.update(num_steps=10, warmup_steps=2)
     config.eval.update(num_train_scenes=0, num_test_scenes=0)
     return config
+
+
+def nano_config() -> ConfigDict:
+    """``micro`` with one modality, one group of images and four experts: its step compiles in a third of the time.
+
+    Temperatures are those at which a loss does not make twenty times of rounding.
+    """
+    config = micro_config()
+    config.name = "nano"
+    config.data.update(modalities=("s1",), num_dates=dict(s1=2))
+    config.model.backbone.num_experts = 4
+    config.model.fusion.depth = 1
+    config.objective.weights.koleo = 0.0
+    config.objective.update(student_temperature=0.5, teacher_temperature=0.5, teacher_temperature_start=0.5)
+    return config
+
+
+class Compiled:
+    """The step of a config on a mesh, jitted without donation so that a state may be used twice."""
+
+    def __init__(self, config, devices):
+        self.config, self.run = config, assembly.assemble(config)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        self.shapes = assembly.batch_shapes(config, self.run.modalities)
+        with jax.set_mesh(self.mesh):
+            boxed = train_state.boxed_state(self.run.student, self.run.optimizer, self.shapes)
+            self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
+
+    def state(self):
+        with jax.set_mesh(self.mesh):
+            return train_state.create_state(
+                self.run.student, self.run.optimizer, self.shapes, seed=self.config.optim.seed, mesh=self.mesh
+            )
+
+    def __call__(self, state, element):
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(self.step(state, feed.to_device(element, self.mesh)))
+
+    def lowered_text(self, element):
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state(), feed.to_device(element, self.mesh)).as_text()

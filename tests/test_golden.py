@@ -4,20 +4,22 @@
 """
 
 import difflib
+import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from skysense_jax import assembly, dry_run, modalities, optim, train_state
 from skysense_jax import config as config_lib
-from skysense_jax import dry_run, modalities, optim, train_state
 from skysense_jax.models import skysense
 from skysense_jax.models.layers import constant, partitioned
-from skysense_jax.parameters import parameter_table, parameters_per_part
-from skysense_jax.sharding import EMBED, LAYERS, MLP, UNSHARDED, make_mesh, unbox
+from skysense_jax.parameters import parameter_table, parameters_per_part, placement_table
+from skysense_jax.sharding import EMBED, LAYERS, MESH_AXES, MLP, UNSHARDED, make_mesh, tree_shardings, unbox
+from skysense_jax.trees import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -80,6 +82,27 @@ def test_parameter_table_is_as_last_read_and_every_array_has_a_place(name, match
         assert jax.tree.map(lambda leaf: leaf.sharding, beside) == jax.tree.map(
             lambda leaf: leaf.sharding, placed.student
         )
+
+
+@functools.cache
+def _boxed_student(name):
+    """Boxed shapes of a named config's student."""
+    config = config_lib.load(ROOT / "configs" / f"{name}.py")
+    run = assembly.assemble(config)
+    return train_state.boxed_state(run.student, run.optimizer, assembly.batch_shapes(config, run.modalities)).student
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("huge_moe", (1, 2, 2, 2)), ("huge_moe", (4, 16, 1, 4)), ("huge", (1, 64, 4, 1)), ("base", (1, 8, 1, 1))],
+)
+def test_placement_of_parameters_is_as_last_read_and_no_large_one_is_whole(name, sizes, matches_golden):
+    mesh, boxed = AbstractMesh(sizes, MESH_AXES), _boxed_student(name)
+    matches_golden(f"placement_{name}_{'x'.join(map(str, sizes))}", placement_table(boxed, mesh))
+    placed = named_leaves(tree_shardings(boxed, mesh))
+    for path, leaf in named_leaves(unbox(boxed)).items():
+        whole = placed[path].shard_shape(leaf.shape) == leaf.shape
+        assert not (whole and leaf.size * leaf.dtype.itemsize > 2**20), f"{path} is whole on every device"
 
 
 # ---- the parameter table, on a module whose every line is known

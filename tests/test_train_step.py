@@ -4,35 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import micro_config
+from micro import Compiled, micro_config
 
 from skysense_jax import feed, sharding, train, train_state
-
-
-class Compiled:
-    """The micro step on a mesh, jitted without donation so that a state may be used twice."""
-
-    def __init__(self, config, devices):
-        self.config, self.run = config, train.assemble(config)
-        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        self.shapes = train.batch_shapes(config, self.run.modalities)
-        with jax.set_mesh(self.mesh):
-            boxed = train_state.boxed_state(self.run.student, self.run.optimizer, self.shapes)
-            self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
-
-    def state(self):
-        with jax.set_mesh(self.mesh):
-            return train_state.create_state(
-                self.run.student, self.run.optimizer, self.shapes, seed=self.config.optim.seed, mesh=self.mesh
-            )
-
-    def __call__(self, state, element):
-        with jax.set_mesh(self.mesh):
-            return jax.device_get(self.step(state, feed.to_device(element, self.mesh)))
-
-    def lowered_text(self, element):
-        with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state(), feed.to_device(element, self.mesh)).as_text()
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,20 @@
 
 The teacher's distribution is balanced by Sinkhorn-Knopp over all rows of the global batch (DINOv2, arXiv 2304.07193);
 teacher targets carry no gradient. Every loss here returns a ``Term``, so that shards and microbatches add.
+Rows number in the thousands a sample and prototypes too, so logits are made for a part of the batch at a time
+(``config.efficiency.prototype_parts``), again in each pass over them, and never stand in memory for all of it.
 Next: mgcl.py and qsacl.py, which say what the rows are.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from skysense_jax.losses import parts as parts_lib
 
 Scalar = Float[Array, ""] | float
 _EPSILON = 1e-5  # added to variances
@@ -83,6 +88,11 @@ def standardise(rows: Float[Array, "*rows D"], statistics: RowStatistics) -> Flo
     return (layer_norm(rows) - statistics.mean) / statistics.deviation
 
 
+def cosines(rows: Float[Array, "*rows D"], prototypes: Float[Array, "Z D"]) -> Float[Array, "*rows Z"]:
+    """Of unit rows with unit prototypes, fp32 in full: a temperature of 0.04 makes 25 times of an error."""
+    return jnp.einsum("...d,zd->...z", rows, prototypes, precision=jax.lax.Precision.HIGHEST)
+
+
 def sinkhorn(
     logits: Float[Array, "N Z"], valid: Bool[Array, " N"], *, temperature: Scalar, iterations: int
 ) -> Float[Array, "N Z"]:
@@ -101,6 +111,64 @@ def sinkhorn(
         columns = jnp.where(jnp.isfinite(mass), -mass, 0.0)  # -inf: no valid row at all
         rows = -jax.nn.logsumexp(scores + columns, axis=1, keepdims=True)
     return jnp.where(valid[:, None], jax.nn.softmax(scores + columns, axis=1), 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """What makes a teacher row a balanced distribution over prototypes, whichever part of the batch it stands in.
+
+    Attributes:
+      prototypes: the teacher's, unit length.
+      columns: the Sinkhorn's potential of each prototype, over all valid rows.
+      temperature: the teacher's.
+      statistics: what the rows of both sides are standardised by.
+    """
+
+    prototypes: Any  # Z D
+    columns: Any  # Z
+    temperature: Any
+    statistics: RowStatistics
+
+    def probs(self, rows: Float[Array, "*rows D"], valid: Bool[Array, "*rows"]) -> Float[Array, "*rows Z"]:
+        """Each projected row's distribution, fp32, without gradient; zero for invalid rows."""
+        scores = cosines(rows, self.prototypes) / self.temperature + self.columns
+        return jax.lax.stop_gradient(jnp.where(valid[..., None], jax.nn.softmax(scores, axis=-1), 0.0))
+
+
+def balance(
+    features: Float[Array, "B *rows D"],
+    valid: Bool[Array, "B *rows"],
+    *,
+    project: Callable[[Any], Any],
+    temperature: Scalar,
+    iterations: int,
+    parts: int = 1,
+) -> tuple[Float[Array, "B *rows _bottleneck"], Balance]:
+    """The teacher's rows, standardised and projected, and what balances them: ``sinkhorn``, a part at a time.
+
+    A pass over the rows takes their potentials from those of the columns and adds up the columns' masses under them;
+    masses are kept for each sample of a part, so that devices exchange them once a pass.
+    """
+    statistics = row_statistics(features, valid)
+    rows, prototypes = jax.lax.stop_gradient(project(standardise(features, statistics)))
+    line = lambda x: x.reshape(len(x), -1, *x.shape[valid.ndim :])  # noqa: E731
+
+    def one_pass(columns, is_first):
+        def add(masses, part):
+            scores = cosines(part[0], prototypes) / temperature  # b N Z
+            potentials = -jax.nn.logsumexp(scores + columns, axis=-1, keepdims=True)
+            scores = scores + jnp.where(is_first, 0.0, potentials)
+            scores = jnp.where(part[1][..., None], scores, -jnp.inf)
+            return jnp.logaddexp(masses, jax.nn.logsumexp(scores, axis=1))
+
+        nothing = jnp.full((len(rows) // parts, len(prototypes)), -jnp.inf)
+        masses = parts_lib.fold(add, nothing, (line(rows), line(valid)), parts=parts)
+        mass = jax.nn.logsumexp(masses, axis=0)
+        return jnp.where(jnp.isfinite(mass), -mass, 0.0), None  # -inf: no valid row at all
+
+    columns, _ = jax.lax.scan(one_pass, jnp.zeros(len(prototypes)), jnp.arange(iterations) == 0)
+    return rows, Balance(prototypes, columns, jnp.asarray(temperature, jnp.float32), statistics)
 
 
 def cross_entropy(
@@ -136,13 +204,18 @@ class TargetEntropy:
     of_mean: Any
 
 
-def target_entropy(probs: Float[Array, "*rows Z"], valid: Bool[Array, "*rows"]) -> TargetEntropy:
+def target_entropy(
+    rows: Float[Array, "B *rows D"], valid: Bool[Array, "B *rows"], balance: Balance, *, parts: int = 1
+) -> TargetEntropy:
     """How sharp the valid rows of teacher targets are and how evenly they use the prototypes; 0 without valid rows."""
-    weight = valid.astype(jnp.float32)
-    count = jnp.maximum(weight.sum(), 1.0)
-    axes = tuple(range(probs.ndim - 1))
-    mean = (probs * weight[..., None]).sum(axes) / count
-    return TargetEntropy((entropy(probs) * weight).sum() / count, entropy(mean))
+
+    def of_part(part):  # sums of each sample: devices exchange them once
+        probs, axes = balance.probs(*part), tuple(range(1, valid.ndim))
+        return entropy(probs).sum(axes), probs.sum(axes)
+
+    entropies, mass = parts_lib.total(of_part, (rows, valid), parts=parts)
+    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
+    return TargetEntropy(entropies.sum() / count, entropy(mass.sum(0) / count))
 
 
 def entropy(probs: Float[Array, "*rows Z"]) -> Float[Array, "*rows"]:

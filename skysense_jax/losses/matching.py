@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from skysense_jax.losses.parts import Shared
+
 # A position this far (cells) outside the hull of token centres is on its edge: rounding of turned coordinates.
 _HULL_TOLERANCE = 1e-4
 
@@ -46,8 +48,8 @@ class Match:
 
     weights: Any  # B V U Ns Nt
     inside: Any  # B V U Ns, bool
-    paired: Any  # V U, bool
-    drawn: Any  # V Nd, int
+    paired: Shared  # V U, bool
+    drawn: Shared  # V Nd, int
 
 
 def token_offsets(rows: int, columns: int) -> Float[np.ndarray, "N 2"]:
@@ -123,5 +125,5 @@ def match_views(
     )
     drawn = draw_positions(key, num_views=num_student, num_tokens=int(num_tokens), num_positions=num_positions)
     paired = jnp.asarray(view_pairs(num_student, num_teacher, same=same))
-    match = Match(sampling.weights, sampling.inside & paired[:, :, None], paired, drawn)
+    match = Match(sampling.weights, sampling.inside & paired[:, :, None], Shared(paired), Shared(drawn))
     return jax.lax.stop_gradient(match)

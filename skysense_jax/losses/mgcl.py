@@ -28,21 +28,26 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.losses.contrastive import (
+    Balance,
     Scalar,
+    TargetEntropy,
     Term,
+    cosines,
     cross_entropy,
-    row_statistics,
     safe_divide,
     sinkhorn,
     standardise,
     target_entropy,
     unit,
 )
+from skysense_jax.losses.contrastive import balance as balance_rows
 from skysense_jax.losses.matching import Match
+from skysense_jax.losses.parts import Shared
+from skysense_jax.losses.parts import total as sum_over_parts
 
 GRANULARITIES = ("pixel", "object", "image")
-# (granularity, standardised features [*rows D]) to prototype logits [*rows Z]
-Project = Callable[[str, Any], Any]
+# (granularity, standardised features [*rows D]) to unit rows and unit prototypes
+Project = Callable[[str, Any], tuple[Any, Any]]
 
 _CLUSTER_TEMPERATURE = 0.1  # of cosine similarities in the clustering [our choice]
 _CLUSTER_SINKHORN_ITERATIONS = 3
@@ -81,21 +86,21 @@ class TeacherRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What student rows are compared with; rows of all groups in a line.
+    """What student rows are compared with.
 
     Attributes:
-      probs: per granularity, of each student row the mean over the teacher views it is compared with.
-      weight: in how many comparisons that is.
-      assignment: as in ``TeacherRows``.
-      statistics: per granularity, what the rows of both sides are standardised by.
-      entropy: per granularity a ``TargetEntropy``.
+      rows: per granularity, all projected teacher rows, of unit length.
+      valid, pairs, assignment: as in ``TeacherRows``.
+      balance: per granularity, what makes distributions of the rows.
+      entropy: per granularity, of those distributions.
     """
 
-    probs: Mapping[str, Any]  # {granularity: B n Z}
-    weight: Mapping[str, Any]  # {granularity: B n}
+    rows: Mapping[str, Any]  # {granularity: B n bottleneck}
+    valid: Mapping[str, Any]
+    pairs: Mapping[str, tuple[Any, ...]]
     assignment: tuple[Any, ...]
-    statistics: Mapping[str, Any]
-    entropy: Mapping[str, Any]
+    balance: Shared  # {granularity: Balance}
+    entropy: Shared  # {granularity: TargetEntropy}
 
 
 def teacher_rows(
@@ -112,8 +117,8 @@ def teacher_rows(
     comparable = [_comparable(match, usable, teacher.usable) for match, usable in zip(matches, student_usable)]
     rows, valid, pairs, assignment = {}, {}, {}, ()
     if "pixel" in granularities:
-        weights = [_at_drawn(match.weights, match.drawn, axis=3) for match in matches]
-        pairs["pixel"] = tuple(_at_drawn(c, m.drawn, axis=4) for c, m in zip(comparable, matches))
+        weights = [_at_drawn(match.weights, match.drawn.value, axis=3) for match in matches]
+        pairs["pixel"] = tuple(_at_drawn(c, m.drawn.value, axis=4) for c, m in zip(comparable, matches))
         rows["pixel"] = [_einsum("bvusn,butnd->bvutsd", w, features) for w in weights]
         valid["pixel"] = pairs["pixel"]
     if "object" in granularities:
@@ -131,7 +136,7 @@ def teacher_rows(
         seen = teacher.usable.any(3)  # B U T
         rows["image"], valid["image"] = [mean_token(features, teacher.usable)], [seen]
         pairs["image"] = tuple(
-            m.paired[:, :, None] & usable.any(3)[:, :, None] & seen[:, None]
+            m.paired.value[:, :, None] & usable.any(3)[:, :, None] & seen[:, None]
             for m, usable in zip(matches, student_usable)
         )
     features = {name: _in_line(x) for name, x in rows.items()}
@@ -140,59 +145,74 @@ def teacher_rows(
     )
 
 
-def balance(rows: TeacherRows, *, project: Project, temperature: Scalar, iterations: int) -> Targets:
-    """The teacher's balanced distributions: a standardisation and a Sinkhorn per granularity, over all valid rows."""
-    targets, weight, entropy, statistics = {}, {}, {}, {}
+def balance(rows: TeacherRows, *, project: Project, temperature: Scalar, iterations: int, parts: int = 1) -> Targets:
+    """The teacher's balanced distributions: a standardisation and a Sinkhorn per granularity, over all valid rows.
+
+    ``parts``: of the batch, whose prototype logits stand in memory one after the other.
+    """
+    projected: dict[str, Any] = {}
+    balances: dict[str, Balance] = {}
+    entropy: dict[str, TargetEntropy] = {}
     for name, features in rows.features.items():
-        statistics[name] = row_statistics(features, rows.valid[name])
-        logits = project(name, standardise(features, statistics[name]))
-        flat = sinkhorn(
-            logits.reshape(-1, logits.shape[-1]),
-            rows.valid[name].reshape(-1),
+        projected[name], balances[name] = balance_rows(
+            features,
+            rows.valid[name],
+            project=lambda x, name=name: project(name, x),
             temperature=temperature,
             iterations=iterations,
+            parts=parts,
         )
-        probs = flat.reshape(logits.shape)
-        entropy[name] = target_entropy(probs, rows.valid[name])
-        pairs = rows.pairs[name]
-        if name == "pixel":  # invalid rows are zero
-            groups = [p.sum(2) for p in _out_of_line(probs, pairs)]
-        elif name == "object":  # the student's row depends on the teacher's clusters: no mean over teacher views
-            groups = _out_of_line(probs, pairs)
-        else:
-            images = probs.reshape(len(probs), *pairs[0].shape[2:], -1)  # B U T Z
-            groups = [_einsum("bvut,butz->bvtz", p.astype(jnp.float32), images) for p in pairs]
-        counts = [p.astype(jnp.float32) if name == "object" else p.sum(2).astype(jnp.float32) for p in pairs]
-        weight[name] = _in_line(counts, row_axes=0)
-        targets[name] = safe_divide(_in_line(groups), weight[name][..., None])
-    return Targets(targets, weight, rows.assignment, statistics, entropy)
+        entropy[name] = target_entropy(projected[name], rows.valid[name], balances[name], parts=parts)
+    return Targets(projected, rows.valid, rows.pairs, rows.assignment, Shared(balances), Shared(entropy))
 
 
 def student_terms(
-    students: Sequence[Tokens], matches: Sequence[Match], targets: Targets, *, project: Project, temperature: Scalar
+    students: Sequence[Tokens],
+    matches: Sequence[Match],
+    targets: Targets,
+    *,
+    project: Project,
+    temperature: Scalar,
+    parts: int = 1,
 ) -> dict[str, Term]:
-    """Per granularity, the cross entropy summed over all comparisons, and their number."""
+    """Per granularity, the cross entropy summed over all comparisons, and their number; ``parts`` as in ``balance``."""
     groups = [jnp.where(s.usable[..., None], s.features.astype(jnp.float32), 0.0) for s in students]
-    rows = {}
-    for name in targets.probs:
+    terms = {}
+    for name, teacher_rows in targets.rows.items():
         if name == "pixel":  # each drawn token is projected once, whatever the number of teacher views
-            rows[name] = [_at_drawn(x, match.drawn, axis=3) for x, match in zip(groups, matches)]
+            rows = [_at_drawn(x, match.drawn.value, axis=3) for x, match in zip(groups, matches)]
         elif name == "object":
-            rows[name] = [
+            rows = [
                 safe_divide(_einsum("bvutsc,bvtsd->bvutcd", a, x), a.sum(4)[..., None])
                 for a, x in zip(targets.assignment, groups)
             ]
         else:
-            rows[name] = [mean_token(x, s.usable) for x, s in zip(groups, students)]
-    return {
-        name: cross_entropy(
-            project(name, standardise(_in_line(x), targets.statistics[name])),
-            targets.probs[name],
-            targets.weight[name],
-            temperature=temperature,
-        )
-        for name, x in rows.items()
-    }
+            rows = [mean_token(x, s.usable) for x, s in zip(groups, students)]
+        of_teacher = targets.balance.value[name]
+        projected, prototypes = project(name, standardise(_in_line(rows), of_teacher.statistics))
+
+        def of_part(part, name=name, of_teacher=of_teacher, prototypes=prototypes):
+            student, teacher, valid, pairs = part
+            probs, weight = _means(name, of_teacher.probs(teacher, valid), pairs)
+            return cross_entropy(cosines(student, prototypes), probs, weight, temperature=temperature)
+
+        whole = (projected, teacher_rows, targets.valid[name], targets.pairs[name])
+        terms[name] = sum_over_parts(of_part, whole, parts=parts)
+    return terms
+
+
+def _means(name, probs, pairs):
+    """Of each student row, the mean distribution of the teacher rows it is compared with, and their number."""
+    if name == "pixel":  # invalid rows are zero
+        groups = [p.sum(2) for p in _out_of_line(probs, pairs)]
+    elif name == "object":  # the student's row depends on the teacher's clusters: no mean over teacher views
+        groups = _out_of_line(probs, pairs)
+    else:
+        images = probs.reshape(len(probs), *pairs[0].shape[2:], -1)  # b U T Z
+        groups = [_einsum("bvut,butz->bvtz", p.astype(jnp.float32), images) for p in pairs]
+    counts = [p.astype(jnp.float32) if name == "object" else p.sum(2).astype(jnp.float32) for p in pairs]
+    weight = _in_line(counts, row_axes=0)
+    return safe_divide(_in_line(groups), weight[..., None]), weight
 
 
 def combine(terms: Mapping[str, Mapping[str, Term]], *, weights: Mapping[str, Any]) -> Term:

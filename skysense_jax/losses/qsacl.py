@@ -13,17 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.losses.contrastive import (
+    Balance,
     Scalar,
     Term,
+    balance,
+    cosines,
     cross_entropy,
     entropy,
-    row_statistics,
     safe_divide,
-    sinkhorn,
     standardise,
 )
+from skysense_jax.losses.parts import Shared, total
 
-Project = Callable[[Any], Any]  # standardised features [*rows D] to prototype logits [*rows Z]
+Project = Callable[[Any], tuple[Any, Any]]  # standardised features [*rows D] to unit rows and unit prototypes
 
 
 @jax.tree_util.register_dataclass
@@ -32,22 +34,17 @@ class QueryTargets:
     """What the student's queries are compared with.
 
     Attributes:
-      global_probs, local_probs: the teacher's distribution of each query; zero for views without a usable cell.
+      rows: the teacher's projected queries, of unit length; global views first.
       global_valid, local_valid: views with a usable cell.
-      statistics: what the rows of both sides are standardised by.
+      balance: what makes distributions of the rows.
+      usage: ``query_usage`` of those.
     """
 
-    global_probs: Any  # B Vg R Z
-    local_probs: Any  # B Vl R Z
+    rows: Any  # B Vg+Vl R bottleneck
     global_valid: Any  # B Vg
     local_valid: Any  # B Vl
-    statistics: Any
-
-    def rows(self) -> tuple[Float[Array, "B V R Z"], Bool[Array, "B V R"]]:
-        """All teacher rows, global views first, and which of them are valid."""
-        probs = jnp.concatenate((self.global_probs, self.local_probs), axis=1)
-        valid = jnp.concatenate((self.global_valid, self.local_valid), axis=1)
-        return probs, jnp.broadcast_to(valid[..., None], probs.shape[:3])
+    balance: Shared  # Balance
+    usage: Shared
 
 
 def query_targets(
@@ -59,21 +56,20 @@ def query_targets(
     project: Project,
     temperature: Scalar,
     iterations: int,
+    parts: int = 1,
 ) -> QueryTargets:
     """The teacher's distributions: one standardisation and one Sinkhorn over all queries, views and valid samples.
 
-    Balance per query would forbid a query to specialise [our choice].
+    Balance per query would forbid a query to specialise [our choice]. ``parts``: of the batch, whose prototype logits
+    stand in memory one after the other.
     """
-    num_global = global_queries.shape[1]
-    rows = jnp.concatenate((global_queries, local_queries), axis=1)
-    valid = jnp.concatenate((global_valid, local_valid), axis=1)
-    valid = jnp.broadcast_to(valid[..., None], rows.shape[:3])
-    statistics = row_statistics(rows, valid)
-    logits = project(standardise(rows, statistics))
-    probs = sinkhorn(
-        logits.reshape(-1, logits.shape[-1]), valid.reshape(-1), temperature=temperature, iterations=iterations
-    ).reshape(logits.shape)
-    return QueryTargets(probs[:, :num_global], probs[:, num_global:], global_valid, local_valid, statistics)
+    queries = jnp.concatenate((global_queries, local_queries), axis=1)
+    valid = _of_rows(jnp.concatenate((global_valid, local_valid), axis=1), queries.shape[2])
+    rows, of_teacher = balance(
+        queries, valid, project=project, temperature=temperature, iterations=iterations, parts=parts
+    )
+    usage = query_usage(rows, valid, of_teacher, parts=parts)
+    return QueryTargets(rows, global_valid, local_valid, Shared(of_teacher), Shared(usage))
 
 
 def query_term(
@@ -83,38 +79,58 @@ def query_term(
     *,
     project: Project,
     temperature: Scalar,
+    parts: int = 1,
 ) -> Term:
     """The loss of the student's queries, and the number of (sample, global view, local view, query) it sums over.
 
     for b, for valid g, for valid l, for i:
         sum += (CE(student[g][i], teacher[l][i]) + CE(student[l][i], teacher[g][i])) / 2
     """
-    one_way = (  # CE is linear in the target: each student row meets the mean of its teachers once
-        (global_queries, targets.global_valid, targets.local_probs, targets.local_valid),
-        (local_queries, targets.local_valid, targets.global_probs, targets.global_valid),
-    )
-    total = Term(jnp.float32(0), jnp.float32(0))
-    for student, student_valid, teacher_probs, teacher_valid in one_way:
-        logits = project(standardise(student, targets.statistics))
-        num_teachers = teacher_valid.sum(1).astype(jnp.float32)  # B
-        mean = safe_divide(teacher_probs.sum(1), num_teachers[:, None, None])  # B R Z; invalid views hold zeros
-        weight = student_valid * num_teachers[:, None]  # B V
-        total += cross_entropy(
-            logits,
-            jnp.broadcast_to(mean[:, None], logits.shape),
-            jnp.broadcast_to(weight[..., None], logits.shape[:3]),
-            temperature=temperature,
+    num_global, of_teacher = global_queries.shape[1], targets.balance.value
+    queries = jnp.concatenate((global_queries, local_queries), axis=1)
+    rows, prototypes = project(standardise(queries, of_teacher.statistics))
+
+    def of_part(part):
+        student, teacher, global_valid, local_valid = part
+        halves = lambda x: (x[:, :num_global], x[:, num_global:])  # noqa: E731
+        valid = jnp.concatenate((global_valid, local_valid), axis=1)
+        probs = halves(of_teacher.probs(teacher, _of_rows(valid, teacher.shape[2])))
+        logits = halves(cosines(student, prototypes))
+        one_way = (  # CE is linear in the target: each student row meets the mean of its teachers once
+            (logits[0], global_valid, probs[1], local_valid),
+            (logits[1], local_valid, probs[0], global_valid),
         )
-    return Term(total.sum / 2, total.count / 2)
+        both = Term(jnp.float32(0), jnp.float32(0))
+        for student_logits, student_valid, teacher_probs, teacher_valid in one_way:
+            num_teachers = teacher_valid.sum(1).astype(jnp.float32)  # b
+            mean = safe_divide(teacher_probs.sum(1), num_teachers[:, None, None])  # b R Z; invalid views hold zeros
+            both += cross_entropy(
+                student_logits,
+                jnp.broadcast_to(mean[:, None], student_logits.shape),
+                _of_rows(student_valid * num_teachers[:, None], student_logits.shape[2]),
+                temperature=temperature,
+            )
+        return both
+
+    both = total(of_part, (rows, targets.rows, targets.global_valid, targets.local_valid), parts=parts)
+    return Term(both.sum / 2, both.count / 2)
 
 
-def query_usage(probs: Float[Array, "B V R Z"], valid: Bool[Array, "B V R"]) -> Float[Array, ""]:
+def query_usage(
+    rows: Float[Array, "B V R D"], valid: Bool[Array, "B V R"], balance: Balance, *, parts: int = 1
+) -> Float[Array, ""]:
     """Share of queries that can be told apart by what they stand for: 1/R if all are alike, 1 if none overlap.
 
     exp(I) / R, where I = H(mean over r of p_r) - mean over r of H(p_r) is the mutual information between a query and
     its prototype, p_r the mean target of query r over the valid rows. Our definition. 0 without a valid row.
     """
-    weight = valid.astype(jnp.float32)
-    of_query = safe_divide((probs * weight[..., None]).sum((0, 1)), weight.sum((0, 1))[:, None])  # R Z
+    mass = total(lambda part: balance.probs(*part).sum(1), (rows, valid), parts=parts).sum(0)  # R Z
+    count = valid.sum((0, 1), dtype=jnp.float32)
+    of_query = safe_divide(mass, count[:, None])
     information = entropy(of_query.mean(0)) - entropy(of_query).mean()
-    return jnp.where(weight.sum() > 0, jnp.exp(information) / probs.shape[2], 0.0)
+    return jnp.where(count.sum() > 0, jnp.exp(information) / rows.shape[2], 0.0)
+
+
+def _of_rows(of_views, num_queries):
+    """A view's value for each of its queries."""
+    return jnp.broadcast_to(of_views[..., None], (*of_views.shape, num_queries))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from skysense_jax.modalities import Modality
 from skysense_jax.models.attention import Rotation, rotation, token_offsets
-from skysense_jax.models.layers import VECTOR_INIT, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, DropPath, drop_rates, partitioned, recomputed
 from skysense_jax.models.merging import PatchMerging, merged_validity
 from skysense_jax.models.moe import RouterStats
 from skysense_jax.models.swin import SwinBlock
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
 
     def setup(self):
         assert self.merging in ("averaged", "separate"), self.merging  # what a person may ask for: config_checks.py
-        assert self.remat in ("none", "blocks"), self.remat
+        assert self.remat in ("none", "matmuls", "blocks"), self.remat
         assert self.width % self.head_width == self.head_width % 4 == 0, (self.width, self.head_width)
         assert self.num_moe_blocks <= sum(self.depths[2:]), (self.num_moe_blocks, self.depths)
         dtype, widths = self.compute_dtype, [self.width * 2**stage for stage in range(4)]
@@ -139,12 +139,13 @@ class Backbone(nn.Module):
         token_valid: Mapping[str, Bool[Array, "B _I _P _Q"]],
         *,
         train: bool,
+        drop_draws: Mapping[str, Float[Array, "B _I branches"]] | None = None,
         return_stages: bool = False,
     ) -> BackboneOutput:
         """Features of normalised images, of any subset of the modalities; ``token_valid`` is on the stage-1 grid.
 
-        What lies in invalid tokens changes nothing. ``train`` turns on drop path (key "drop_path", asked for only if
-        ``drop_path`` is above 0) and capacity routing.
+        What lies in invalid tokens changes nothing. ``train`` turns on capacity routing; ``drop_draws``, uniform
+        numbers, two a block for each image, turn on drop path.
 
         Raises:
           ValueError: an unknown modality, a wrong band count, or an image size that does not fit its token grid.
@@ -155,7 +156,10 @@ class Backbone(nn.Module):
         for group in group_modalities(self.modalities, grids):
             tokens = [self.tokenizer[m.name](images[m.name]) for m in group]
             valid = jnp.concatenate([token_valid[m.name] for m in group], axis=1)
-            after_stage, valid, stats = self._run(group, tokens, valid, train=train)
+            draws = None
+            if drop_draws is not None and self.drop_path:
+                draws = jnp.concatenate([drop_draws[m.name] for m in group], axis=1)
+            after_stage, valid, stats = self._run(group, tokens, valid, draws, train=train)
             ends = np.cumsum([x.shape[1] for x in tokens])[:-1]
             per_modality = zip(*(jnp.split(x, ends, axis=1) for x in after_stage))
             for m, of_stages, m_valid in zip(group, per_modality, jnp.split(valid, ends, axis=1)):
@@ -179,24 +183,27 @@ class Backbone(nn.Module):
                     f"(rows, columns, bands) {wanted}: patch {rows[name].patch}, bands {rows[name].bands}"
                 )
 
-    def _run(self, group, tokens, valid, *, train):
+    def _run(self, group, tokens, valid, draws, *, train):
         """The four stages over the images of a group: tokens after each, final validity, router statistics."""
         owners = tuple(m.name for m, x in zip(group, tokens) for _ in range(x.shape[1]))
         x = jnp.where(valid[..., None], jnp.concatenate(tokens, axis=1), 0)
-        rates = np.linspace(0.0, self.drop_path, sum(self.depths)) if train and self.drop_path else None
-        sections = np.cumsum(self.depths)[:-1]
-        rates = (None,) * 4 if rates is None else np.split(rates, sections)
+        drop = None
+        if draws is not None:
+            draws = rearrange(draws, "B I (depth branch) -> depth B I branch", depth=sum(self.depths))
+            drop = DropPath(jnp.asarray(drop_rates(self.drop_path, sum(self.depths))), draws)
+        ends = np.cumsum(self.depths)
         cells = valid.shape[2:]
         for merges in group[0].merges_at:
             cells = tuple(-(-side // 2) for side in cells) if merges else cells
         after_stage, router = [], None
         for stage in (1, 2, 3, 4):
+            of_stage = _blocks(drop, slice(ends[stage - 1] - self.depths[stage - 1], ends[stage - 1]))
             if stage > 1:
                 x, valid = self._transition(stage, group, tokens, x, valid)
             if stage < 3:
-                x = self._swin_stage(stage, x, valid, rates[stage - 1])
+                x = self._swin_stage(stage, x, valid, of_stage)
             else:
-                x, stats = self._global_stage(stage, owners, cells, x, valid, rates[stage - 1], train)
+                x, stats = self._global_stage(stage, owners, cells, x, valid, of_stage, train)
                 router = stats if router is None else _then(router, stats)
             x = jnp.where(valid[..., None], x, 0)  # so a merge adds nothing of what lies in invalid tokens
             after_stage.append(x)
@@ -211,17 +218,15 @@ class Backbone(nn.Module):
         parts = jnp.split(x, np.cumsum([t.shape[1] for t in tokens])[:-1], axis=1)
         return jnp.concatenate([merging.keep(part, m.name) for m, part in zip(group, parts)], axis=1), valid
 
-    def _swin_stage(self, stage, x, valid, rates):
+    def _swin_stage(self, stage, x, valid, drop):
+        def body(block, x, valid, drop):
+            return block(x, valid=valid, drop=drop)
+
         for i, block in enumerate(getattr(self, f"stage{stage}")):
-            rate = None if rates is None else float(rates[i])
-
-            def body(block, x, valid):
-                return block(x, valid=valid, drop_rate=rate)
-
-            x = (nn.remat(body) if self.remat == "blocks" else body)(block, x, valid)
+            x = recomputed(body, self.remat, scanned=False)(block, x, valid, _blocks(drop, i))
         return x
 
-    def _global_stage(self, stage, owners, cells, x, valid, rates, train):
+    def _global_stage(self, stage, owners, cells, x, valid, drop, train):
         """Tokens and prompts through the blocks of stage 3 or 4; prompts are dropped again.
 
         Prompts are tokens like the others, in mixtures too; those of an image without a valid token are invalid, so
@@ -236,35 +241,39 @@ class Backbone(nn.Module):
         offsets = np.concatenate((token_offsets((rows, columns), cells), np.zeros((self.num_prompts, 2))))
         turn = rotation(offsets, head_width=self.head_width)
         dense_depth, moe_depth = self._segment_depths(stage)
-        dense_rates, moe_rates = (None, None) if rates is None else (rates[:dense_depth], rates[dense_depth:])
         stats = None
         if dense_depth:
+            of_blocks = _blocks(drop, slice(dense_depth))
             block = getattr(self, f"stage{stage}")
-            tokens, _ = self._scan(block, dense_depth, tokens, token_valid, turn, dense_rates, train)
+            tokens, _ = self._scan(block, dense_depth, tokens, token_valid, turn, of_blocks, train)
         if moe_depth:
+            of_blocks = _blocks(drop, slice(dense_depth, None))
             block = getattr(self, f"stage{stage}_experts")
-            tokens, stats = self._scan(block, moe_depth, tokens, token_valid, turn, moe_rates, train)
+            tokens, stats = self._scan(block, moe_depth, tokens, token_valid, turn, of_blocks, train)
             sums = jax.tree.map(lambda leaf: leaf.sum(0), stats)
             stats = sums.replace(load=stats.load)
         return tokens[:, :, : rows * columns].reshape(x.shape), stats
 
-    def _scan(self, block, depth, x, valid, turn: Rotation, rates, train):
+    def _scan(self, block, depth, x, valid, turn: Rotation, drop, train):
         """``depth`` blocks of stacked parameters, one after the other; also their statistics, stacked."""
 
-        def body(block, x, rate):
-            return block(x, valid=valid, turn=turn, drop_rate=rate, train=train)
+        def body(block, x, drop):
+            return block(x, valid=valid, turn=turn, drop=drop, train=train)
 
-        if self.remat == "blocks":
-            body = nn.remat(body, prevent_cse=False)  # the scan keeps the two passes apart
         scanned = nn.scan(
-            body,
+            recomputed(body, self.remat, scanned=True),
             variable_axes={"params": 0},
-            split_rngs={"params": True, "drop_path": True},
+            split_rngs={"params": True},
             length=depth,
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )
-        return scanned(block, x, None if rates is None else jnp.asarray(rates, jnp.float32))
+        return scanned(block, x, drop)
+
+
+def _blocks(drop: DropPath | None, which: int | slice) -> DropPath | None:
+    """The drop path of one block or of some blocks of those that it is stacked for."""
+    return jax.tree.map(lambda leaf: leaf[which], drop)
 
 
 def _then(first: RouterStats, second: RouterStats | None) -> RouterStats:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, partitioned
+from skysense_jax.models.layers import VECTOR_INIT, Dense, DropPath, LayerNorm, drop_rates, partitioned, recomputed
 from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.sharding import EMBED, LAYERS, UNSHARDED, constrain_batch
 
@@ -47,11 +46,12 @@ class Fusion(nn.Module):
         day_of_year: Mapping[str, Int[Array, "B _T"]],
         *,
         train: bool,
+        drop_draws: Float[Array, "B I branches"] | None = None,
     ) -> tuple[Float[Array, "B V P Q F"], Bool[Array, "B V P Q"]]:
         """The fused feature of each cell, and where at least one modality and date was usable.
 
         Any subset of the modalities may be there; what is not usable changes nothing. Days are 1-366, 0 for undated.
-        ``train`` turns on drop path (key "drop_path", asked for only if ``drop_path`` is above 0).
+        ``drop_draws``: uniform numbers that turn on drop path, two a block for each of the I = V P Q cells.
 
         Raises:
           ValueError: an unknown modality.
@@ -63,10 +63,10 @@ class Fusion(nn.Module):
             )
         dtype = self.compute_dtype
         project = Dense(self.width, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="project")
-        table = lambda name, shape: self.param(name, partitioned(VECTOR_INIT, *(UNSHARDED,) * len(shape)), shape)  # noqa: E731
-        days = table("day_embedding", (DAYS, self.width))
-        kinds = table("modality_embedding", (len(self.modalities), self.width))
-        class_token = table("class_token", (self.width,))
+        table = lambda name, shape, *axes: self.param(name, partitioned(VECTOR_INIT, *axes), shape)  # noqa: E731
+        days = table("day_embedding", (DAYS, self.width), UNSHARDED, EMBED)  # above 1 MiB in huge
+        kinds = table("modality_embedding", (len(self.modalities), self.width), UNSHARDED, UNSHARDED)
+        class_token = table("class_token", (self.width,), UNSHARDED)
 
         names = [name for name in self.modalities if name in features]
         batch, views, _, rows, columns, _ = features[names[0]].shape
@@ -82,12 +82,12 @@ class Fusion(nn.Module):
             valid.append(rearrange(usable[name], "B V T P Q -> B (V P Q) T"))
         any_usable = jnp.concatenate(valid, axis=2).any(2)
         valid = jnp.concatenate([jnp.ones((*any_usable.shape, 1), bool), *valid], axis=2)
-        x = self._scan(constrain_batch(jnp.concatenate(tokens, axis=2)), valid, train)
+        x = self._scan(constrain_batch(jnp.concatenate(tokens, axis=2)), valid, train, drop_draws)
         fused = LayerNorm(compute_dtype=dtype, name="norm")(x[:, :, 0])
         to_grid = lambda x: x.reshape(batch, views, rows, columns, *x.shape[2:])  # noqa: E731
         return to_grid(fused), to_grid(any_usable)
 
-    def _scan(self, x, valid, train):
+    def _scan(self, x, valid, train, drop_draws):
         """All blocks, one after the other; their parameters are stacked under "blocks"."""
         block = GlobalBlock(
             head_width=self.head_width,
@@ -98,18 +98,19 @@ class Fusion(nn.Module):
             name="blocks",
         )
 
-        def body(block, x, rate):
-            return block(x, valid=valid, drop_rate=rate, train=train)
+        def body(block, x, drop):
+            return block(x, valid=valid, drop=drop, train=train)
 
-        if self.remat == "blocks":
-            body = nn.remat(body, prevent_cse=False)  # the scan keeps the two passes apart
         scanned = nn.scan(
-            body,
+            recomputed(body, self.remat, scanned=True),
             variable_axes={"params": 0},
-            split_rngs={"params": True, "drop_path": True},
+            split_rngs={"params": True},
             length=self.depth,
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )
-        rates = jnp.asarray(np.linspace(0.0, self.drop_path, self.depth), jnp.float32)
-        return scanned(block, x, rates if train and self.drop_path else None)[0]
+        drop = None
+        if drop_draws is not None and self.drop_path:
+            draws = rearrange(drop_draws, "B I (depth branch) -> depth B I branch", depth=self.depth)
+            drop = DropPath(jnp.asarray(drop_rates(self.drop_path, self.depth)), draws)
+        return scanned(block, x, drop)[0]

@@ -1,4 +1,4 @@
-"""What objectives read: prototype logits of a feature, and a cell's feature in the space of the text encoder.
+"""What objectives read: features beside prototypes, and a cell's feature in the space of the text encoder.
 
 Stage outputs carry no norm: prototype heads take rows that the losses have standardised (losses/contrastive.py), the
 text head begins with a layer norm [our choice]. Next: skysense.py, which says which heads exist.
@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from skysense_jax.models.layers import VECTOR_INIT, Dense, LayerNorm, constant, gelu, partitioned
-from skysense_jax.sharding import EMBED, MLP, PROTOTYPES, UNSHARDED
+from skysense_jax.sharding import ACTIVATION, EMBED, MLP, PROTOTYPES, UNSHARDED, constrain
 
 _INITIAL_TEMPERATURE, _MAX_SCALE = 0.07, 100.0  # as CLIP (arXiv 2103.00020)
 
@@ -25,7 +25,9 @@ def unit(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
 
 
 class ProjectionHead(nn.Module):
-    """A 3-layer MLP to a unit bottleneck, then cosines with the prototypes (DINOv2, arXiv 2304.07193).
+    """A 3-layer MLP to a unit bottleneck, and the prototypes that are compared with it (DINOv2, arXiv 2304.07193).
+
+    The cosines themselves, Z a row, are taken in the losses, a part of the batch at a time.
 
     Attributes:
       num_prototypes: rows of the parameter ``prototypes``, whose length does not matter.
@@ -37,8 +39,10 @@ class ProjectionHead(nn.Module):
     compute_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
-        """Cosine of each standardised row with each prototype, fp32."""
+    def __call__(
+        self, x: Float[Array, "*rows D"]
+    ) -> tuple[Float[Array, "*rows _bottleneck"], Float[Array, "Z _bottleneck"]]:
+        """A unit row for each standardised row, and the unit prototypes; fp32."""
         dtype = self.compute_dtype
         x = Dense(self.hidden_dim, axes=(EMBED, MLP), compute_dtype=dtype, name="hidden1")(x)
         x = gelu(x)
@@ -47,7 +51,7 @@ class ProjectionHead(nn.Module):
         x = Dense(self.bottleneck_dim, axes=(EMBED, UNSHARDED), compute_dtype=dtype, name="bottleneck")(x)
         init = partitioned(VECTOR_INIT, PROTOTYPES, UNSHARDED)
         prototypes = self.param("prototypes", init, (self.num_prototypes, self.bottleneck_dim))
-        return jnp.einsum("...d,zd->...z", unit(x), unit(prototypes), precision=jax.lax.Precision.HIGHEST)
+        return unit(x), constrain(unit(prototypes), ACTIVATION, ACTIVATION)  # gathered once, before any loop
 
 
 class TextHead(nn.Module):

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED
 
@@ -117,9 +118,38 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], axes=(MLP, EMBED), compute_dtype=self.compute_dtype, name="output")(gelu(hidden))
 
 
-def drop_path(
-    x: Float[Array, "B I *rest"], *, rate: Float[Array, ""] | float, key: PRNGKeyArray
-) -> Float[Array, "B I *rest"]:
-    """``x``, zero with probability ``rate`` for each image on its own and else divided by ``1 - rate``."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape[:2]) / (1.0 - rate)
-    return x * keep.reshape(*x.shape[:2], *(1,) * (x.ndim - 2)).astype(x.dtype)
+def recomputed(body: Callable, remat: str, *, scanned: bool) -> Callable:
+    """``body``, of a module's block, with what ``config.efficiency.remat`` keeps of it for the backward pass.
+
+    "none": all of it; "matmuls": results of matrix products with parameters, not norms, GELUs or attention; "blocks":
+    nothing but what comes in. ``scanned``: a scan around it keeps the two passes apart, so that nothing else need.
+    """
+    if remat == "none":
+        return body
+    policy = {"matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}[remat]
+    return nn.remat(body, policy=policy, prevent_cse=not scanned)
+
+
+@struct.dataclass
+class DropPath:
+    """Which residual branches of a block are left out (stochastic depth, arXiv 1603.09382), image by image.
+
+    The numbers come with the batch and not from a generator in here: so a sample's do not depend on how a batch is cut.
+
+    Attributes:
+      rate: probability of leaving a branch out.
+      draws: uniform in [0, 1), one for each image and branch.
+    """
+
+    rate: Any  # scalar; a scan stacks it
+    draws: Any  # B I branches
+
+    def __call__(self, branch: int, x: Float[Array, "B I *rest"]) -> Float[Array, "B I *rest"]:
+        """``x``, zero with probability ``rate`` for each image on its own and else divided by ``1 - rate``."""
+        keep = (self.draws[:, :, branch] >= self.rate) / (1.0 - self.rate)
+        return x * keep.reshape(*x.shape[:2], *(1,) * (x.ndim - 2)).astype(x.dtype)
+
+
+def drop_rates(last: int | float, depth: int) -> Float[np.ndarray, " depth"]:
+    """Linear from 0 at the first block to ``last``."""
+    return np.linspace(0.0, last, depth, dtype=np.float32)

@@ -8,11 +8,13 @@ Next: backbone.py, fusion.py, queries.py, heads.py; train_step.py uses all of it
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from skysense_jax.batch import Batch, Views
 from skysense_jax.modalities import Modality
@@ -21,6 +23,7 @@ from skysense_jax.models.fusion import Fusion
 from skysense_jax.models.heads import ProjectionHead, TextHead
 from skysense_jax.models.queries import QueryDecoder
 
+_FUSED = "fused"  # beside the modalities in what draw_drops returns
 GRANULARITIES = ("pixel", "object", "image")
 # One head per granularity shared by the modalities, one set for the fused features, one for the queries [our choice].
 HEADS = (*(f"{source}_{g}" for source in ("modality", "fused") for g in GRANULARITIES), "query")
@@ -73,20 +76,31 @@ class SkySense(nn.Module):
         present: Mapping[str, Bool[Array, "B _T"]],
         day_of_year: Mapping[str, Int[Array, "B _T"]],
         train: bool,
+        drop_draws: Mapping[str, Float[Array, "B _I _branches"]] | None = None,
     ) -> Features:
-        """Features of ``images`` (normalised); ``views`` gives the masks, its own images are not read."""
+        """Features of ``images`` (normalised); ``views`` gives the masks, its own images are not read.
+
+        ``train`` routes mixtures with a capacity; ``drop_draws``, of ``draw_drops``, leaves residual branches out.
+        """
         flat = lambda x: rearrange(x, "B V T ... -> B (V T) ...")  # noqa: E731
         date_valid = {name: views.token_valid[name] & present[name][:, None, :, None, None] for name in images}
         out = self.backbone(
             {name: flat(x) for name, x in images.items()},
             {name: flat(x) for name, x in date_valid.items()},
             train=train,
+            drop_draws=drop_draws,
         )
         num_views = views.affine.shape[1]
         split = lambda x: rearrange(x, "B (V T) ... -> B V T ...", V=num_views)  # noqa: E731
         features = {name: split(x) for name, x in out.features.items()}
         usable = {name: x for name, x in usable_cells(views, present).items() if name in images}
-        fused, fused_usable = self.fusion(features, usable, {m: day_of_year[m] for m in images}, train=train)
+        fused, fused_usable = self.fusion(
+            features,
+            usable,
+            {m: day_of_year[m] for m in images},
+            train=train,
+            drop_draws=None if drop_draws is None else drop_draws[_FUSED],
+        )
         return Features(features, usable, fused, fused_usable, out.router)
 
     def aggregate(self, features: Features) -> Float[Array, "B V R D"]:
@@ -103,8 +117,10 @@ class SkySense(nn.Module):
         usable = rearrange(features.fused_usable, "B V P Q -> B V (P Q)")
         return self.queries(cells, usable, return_attention=return_attention)
 
-    def project(self, name: str, x: Float[Array, "*rows D"]) -> Float[Array, "*rows Z"]:
-        """Prototype logits (cosines) of head ``name``, one of ``HEADS``, fp32."""
+    def project(
+        self, name: str, x: Float[Array, "*rows D"]
+    ) -> tuple[Float[Array, "*rows _bottleneck"], Float[Array, "Z _bottleneck"]]:
+        """Unit rows of head ``name``, one of ``HEADS``, and its unit prototypes; fp32."""
         return self.heads[name](x)
 
     def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
@@ -126,6 +142,21 @@ class SkySense(nn.Module):
         self.aggregate(features)
         self.describe(features.fused)
         return features
+
+
+def draw_drops(model: SkySense, views: Views, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B _I _branches"]] | None:
+    """Uniform numbers for every residual branch of every image of ``views``, and of the fusion's cells.
+
+    None if the network has no drop path. A sample's numbers depend on its place in the batch, not on how it is cut.
+    """
+    if not model.backbone.drop_path and not model.fusion.drop_path:
+        return None
+    sizes = {name: (x.shape[1] * x.shape[2], 2 * sum(model.backbone.depths)) for name, x in views.images.items()}
+    cells = next(iter(views.cell_usable.values()))
+    sizes[_FUSED] = (cells.shape[1] * cells.shape[3] * cells.shape[4], 2 * model.fusion.depth)
+    ends = np.cumsum([images * branches for images, branches in sizes.values()])
+    draws = jnp.split(jax.random.uniform(key, (len(cells), int(ends[-1]))), ends[:-1], axis=1)
+    return {name: x.reshape(len(cells), *size) for (name, size), x in zip(sizes.items(), draws)}
 
 
 def build(

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from skysense_jax.models.attention import attend
-from skysense_jax.models.layers import Dense, LayerNorm, Mlp, constant, drop_path, partitioned
+from skysense_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, constant, partitioned
 from skysense_jax.sharding import EMBED, HEADS, UNSHARDED, constrain_batch
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -128,18 +128,18 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B I P Q D"], *, valid: Bool[Array, "B I P Q"], drop_rate: float | None = None
+        self, x: Float[Array, "B I P Q D"], *, valid: Bool[Array, "B I P Q"], drop: DropPath | None = None
     ) -> Float[Array, "B I P Q D"]:
         """The tokens after the block; what comes out in place of invalid tokens is arbitrary."""
 
-        def residual(name, y):
+        def residual(branch, name, y):
             y = LayerNorm(compute_dtype=self.compute_dtype, name=f"{name}_norm")(y)
-            return y if drop_rate is None else drop_path(y, rate=drop_rate, key=self.make_rng("drop_path"))
+            return y if drop is None else drop(branch, y)
 
         x = constrain_batch(x)
-        x = x + residual("attention", self._attend(x, valid))
+        x = x + residual(0, "attention", self._attend(x, valid))
         y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
-        return x + residual("mlp", y)
+        return x + residual(1, "mlp", y)
 
     def _attend(self, x, valid):
         images, rows, columns = x.shape[1:4]

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.models.attention import Rotation, SelfAttention
-from skysense_jax.models.layers import LayerNorm, Mlp, constant, drop_path, partitioned
+from skysense_jax.models.layers import DropPath, LayerNorm, Mlp, constant, partitioned
 from skysense_jax.models.moe import ExpertMlp, RouterStats
 from skysense_jax.sharding import UNSHARDED, constrain_batch
 
@@ -41,26 +41,26 @@ class GlobalBlock(nn.Module):
         *,
         valid: Bool[Array, "B I N"],
         turn: Rotation | None = None,
-        drop_rate: Float[Array, ""] | float | None = None,
+        drop: DropPath | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "B I N D"], RouterStats | None]:
         """The tokens after the block, and the router's statistics of a mixture.
 
         Invalid tokens are not attended and take no place with an expert; what comes out in their place is arbitrary.
-        ``drop_rate`` None: no drop path (and no "drop_path" key asked for). ``train`` decides how a mixture routes.
+        ``train`` decides how a mixture routes.
         """
         width, dtype = x.shape[-1], self.compute_dtype
 
-        def residual(name, y):
+        def residual(branch, name, y):
             if self.layer_scale_init is not None:
                 init = constant(self.layer_scale_init)
                 y = y * self.param(f"{name}_layer_scale", partitioned(init, UNSHARDED), (width,)).astype(dtype)
-            return y if drop_rate is None else drop_path(y, rate=drop_rate, key=self.make_rng("drop_path"))
+            return y if drop is None else drop(branch, y)
 
         x = constrain_batch(x)
         y = LayerNorm(compute_dtype=dtype, name="attention_norm")(x)
         y = SelfAttention(self.head_width, self.attention, dtype, name="attention")(y, valid=valid, turn=turn)
-        x = x + residual("attention", y)
+        x = x + residual(0, "attention", y)
         y = LayerNorm(compute_dtype=dtype, name="mlp_norm")(x)
         hidden_dim, stats = round(self.mlp_ratio * width), None
         if self.num_experts:
@@ -70,4 +70,4 @@ class GlobalBlock(nn.Module):
             y, stats = experts(y, valid=valid, train=train)
         else:
             y = Mlp(hidden_dim, dtype, name="mlp")(y)
-        return x + residual("mlp", y), stats
+        return x + residual(1, "mlp", y), stats

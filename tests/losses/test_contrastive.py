@@ -17,7 +17,7 @@ VALID = np.array([True, False, True, True, False, True, True, True, False, True,
 sinkhorn = jax.jit(contrastive.sinkhorn, static_argnames="iterations")
 cross_entropy = jax.jit(contrastive.cross_entropy)
 row_statistics, standardise = jax.jit(contrastive.row_statistics), jax.jit(contrastive.standardise)
-target_entropy = jax.jit(contrastive.target_entropy)
+target_entropy = jax.jit(contrastive.target_entropy, static_argnames="parts")
 
 
 def test_standardise_equals_numpy_and_invalid_rows_change_nothing():
@@ -116,13 +116,59 @@ def test_term_adds_and_its_mean_of_nothing_is_zero_with_zero_gradient():
     assert (float(value), float(grad)) == (0, 0)
 
 
+def _balance(prototypes=8):
+    """A balance whose rows say the prototype that they are."""
+    statistics = contrastive.RowStatistics(np.zeros(prototypes), np.ones(prototypes))
+    return contrastive.Balance(np.eye(prototypes, dtype=np.float32), np.zeros(prototypes), np.float32(1e-3), statistics)
+
+
 def test_target_entropy_tells_the_two_collapses():
-    valid = np.array([True, True, True, False])
-    uniform = target_entropy(jnp.full((4, 8), 1 / 8), valid)
+    valid = np.array([[True, True], [True, False]])
+    of = lambda *which: np.eye(8, dtype=np.float32)[np.array(which).reshape(2, 2)]  # noqa: E731
+    uniform = target_entropy(of(0, 1, 2, 3) * 0, valid, _balance())
     np.testing.assert_allclose([uniform.of_rows, uniform.of_mean], np.log(8), rtol=1e-6)
-    constant = target_entropy(jnp.eye(8)[jnp.array([2, 2, 2, 5])], valid)
+    constant = target_entropy(of(2, 2, 2, 5), valid, _balance())
     np.testing.assert_allclose([constant.of_rows, constant.of_mean], 0, atol=1e-6)
-    spread = target_entropy(jnp.eye(8)[jnp.array([0, 1, 2, 5])], valid)
-    np.testing.assert_allclose([spread.of_rows, spread.of_mean], [0, np.log(3)], atol=1e-6)
-    nothing = target_entropy(jnp.zeros((4, 8)), np.zeros(4, bool))
+    for parts in (1, 2):
+        spread = target_entropy(of(0, 1, 2, 5), valid, _balance(), parts=parts)
+        np.testing.assert_allclose([spread.of_rows, spread.of_mean], [0, np.log(3)], atol=1e-6)
+    nothing = target_entropy(of(0, 1, 2, 5), valid & False, _balance())
     assert (float(nothing.of_rows), float(nothing.of_mean)) == (0, 0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_balance_in_parts_equals_sinkhorn_of_all_logits(parts, iterations):
+    features = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+    valid = RNG.random((4, 5)) < 0.7
+    prototypes = np.asarray(contrastive.unit(jnp.asarray(RNG.normal(size=(7, 6)))))
+    project = lambda x: (contrastive.unit(x), jnp.asarray(prototypes))  # noqa: E731
+    balance = jax.jit(contrastive.balance, static_argnames=("project", "iterations", "parts"))
+    rows, found = balance(features, valid, project=project, temperature=0.07, iterations=iterations, parts=parts)
+    want = np.asarray(contrastive.unit(jnp.asarray(Standardise(features[valid])(features))))
+    rows = np.asarray(rows)
+    np.testing.assert_allclose(rows[valid], want[valid], atol=1e-5)
+    logits = (rows @ prototypes.T).reshape(20, 7)
+    plain = sinkhorn(logits, valid.reshape(20), temperature=0.07, iterations=iterations)
+    probs = found.probs(jnp.asarray(rows), jnp.asarray(valid)).reshape(20, 7)
+    np.testing.assert_allclose(probs, plain, atol=1e-5)
+
+
+def test_balance_extreme_temperature_and_no_valid_row_stay_finite():
+    project = lambda x: (contrastive.unit(x), jnp.eye(6))  # noqa: E731
+    features = jnp.asarray(RNG.normal(size=(2, 3, 6)), jnp.float32)
+    for valid in (jnp.ones((2, 3), bool), jnp.zeros((2, 3), bool)):
+        rows, found = contrastive.balance(features, valid, project=project, temperature=1e-4, iterations=3)
+        assert np.isfinite(found.columns).all()
+        probs = np.asarray(found.probs(rows, valid))
+        np.testing.assert_allclose(probs.sum(-1), valid, atol=1e-5)
+
+
+def test_balance_has_no_gradient():
+    project, valid = lambda x: (contrastive.unit(x), jnp.eye(6)), jnp.ones((2, 3), bool)
+
+    def total(features):
+        rows, found = contrastive.balance(features, valid, project=project, temperature=0.1, iterations=2)
+        return rows.sum() + found.columns.sum() + found.probs(rows, valid)[0, 0, 0]
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(RNG.normal(size=(2, 3, 6)), jnp.float32)), 0)

@@ -1,6 +1,5 @@
 """L_MGCL at each granularity against loops over samples, views, dates and tokens; masks; what cannot be compared."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -11,7 +10,7 @@ import pytest
 from oracles import Standardise, cross_entropy, sinkhorn, unit
 
 from skysense_jax.data.geometry import Box, Orientation, view_affine
-from skysense_jax.losses import matching, mgcl
+from skysense_jax.losses import matching, mgcl, parts
 from skysense_jax.losses.contrastive import Term
 from skysense_jax.losses.mgcl import GRANULARITIES, Tokens
 
@@ -59,7 +58,7 @@ MATCHES = [
 
 @jax.jit
 def terms(student, usable, teacher):
-    project = lambda side: lambda name, x: jnp.tanh(x @ HEADS[name][side])  # noqa: E731
+    project = lambda side: lambda name, x: (jnp.tanh(x @ HEADS[name][side]), jnp.eye(Z))  # noqa: E731
     rows = mgcl.teacher_rows(Tokens(teacher, usable[0]), usable, MATCHES, num_clusters=CLUSTERS, cluster_iterations=2)
     targets = mgcl.balance(rows, project=project(0), temperature=0.07, iterations=3)
     tokens = [Tokens(x, mask) for x, mask in zip(student, usable)]
@@ -110,7 +109,7 @@ def pixel_rows(student, usable, teacher):
     """(student row, teacher row's name, teacher row) of every comparison."""
     for group, b, t in itertools.product((0, 1), range(B), range(T)):
         for v, u in itertools.product(range(SHAPES[group][1]), range(U)):
-            for s in np.asarray(MATCHES[group].drawn)[v]:
+            for s in np.asarray(MATCHES[group].drawn.value)[v]:
                 four = readable(usable, b, v, u, t, group, s)
                 if four is not None:
                     seen = sum(weight * teacher[b, u, t, n].astype(float) for n, weight in four)
@@ -209,41 +208,29 @@ def test_student_terms_give_the_teacher_no_gradient():
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(TEACHER), 0)
 
 
-def test_student_terms_split_into_microbatches_are_the_same():
-    whole = terms(FEATURES, USABLE, TEACHER)
-
+@pytest.mark.parametrize(("microbatches", "logit_parts"), [(2, 1), (1, 2)])
+def test_student_terms_of_a_batch_in_parts_are_the_same_with_their_gradients(microbatches, logit_parts):
     @jax.jit
-    def split():
-        project = lambda side: lambda name, x: jnp.tanh(x @ HEADS[name][side])  # noqa: E731
-        rows = mgcl.teacher_rows(
-            Tokens(jnp.asarray(TEACHER), jnp.asarray(USABLE[0])),
-            [jnp.asarray(x) for x in USABLE],
-            MATCHES,
-            num_clusters=CLUSTERS,
-            cluster_iterations=2,
+    def in_parts(student):
+        project = lambda side: lambda name, x: (jnp.tanh(x @ HEADS[name][side]), jnp.eye(Z))  # noqa: E731
+        see = lambda tree: mgcl.teacher_rows(*tree, num_clusters=CLUSTERS, cluster_iterations=2)  # noqa: E731
+        batch = jax.tree.map(jnp.asarray, (Tokens(TEACHER, USABLE[0]), USABLE, MATCHES))
+        rows = parts.each(see, batch, parts=microbatches)
+        targets = mgcl.balance(rows, project=project(0), temperature=0.07, iterations=3, parts=logit_parts)
+        return parts.total(
+            lambda part: mgcl.student_terms(*part, project=project(1), temperature=0.1, parts=logit_parts),
+            ([Tokens(x, jnp.asarray(mask)) for x, mask in zip(student, USABLE)], MATCHES, targets),
+            parts=microbatches,
         )
-        targets = mgcl.balance(rows, project=project(0), temperature=0.07, iterations=3)
-        total = None
-        for part in (slice(0, 1), slice(1, 2)):
-            of_part = lambda tree: jax.tree.map(lambda x: x[part], tree)  # noqa: E731
-            got = mgcl.student_terms(
-                [Tokens(jnp.asarray(x)[part], jnp.asarray(mask)[part]) for x, mask in zip(FEATURES, USABLE)],
-                MATCHES,
-                dataclasses.replace(
-                    targets,
-                    probs=of_part(targets.probs),
-                    weight=of_part(targets.weight),
-                    assignment=of_part(targets.assignment),
-                ),
-                project=project(1),
-                temperature=0.1,
-            )
-            total = got if total is None else {name: total[name] + got[name] for name in got}
-        return total
 
-    for name, term in split().items():
+    whole = terms(FEATURES, USABLE, TEACHER)
+    for name, term in in_parts(FEATURES).items():
         np.testing.assert_allclose(term.sum, whole[name].sum, rtol=1e-5)
         assert term.count == whole[name].count
+    gradients = jax.jit(jax.jacrev(lambda student: {k: term.sum for k, term in in_parts(student).items()}))(FEATURES)
+    for name, wanted in grads().items():
+        for got, want in zip(gradients[name], wanted, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
 
 
 def test_cluster_finds_the_groups_of_separate_tokens():

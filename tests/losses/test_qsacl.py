@@ -1,17 +1,19 @@
 """L_QSACL against its published sum, written as loops."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import Standardise, cross_entropy, sinkhorn
 
-from skysense_jax.losses import qsacl
+from skysense_jax.losses import contrastive, qsacl
 
 RNG = np.random.default_rng(0)
 B, G, L, R, D, Z = 3, 2, 4, 5, 8, 6
 TEACHER_GLOBAL, STUDENT_GLOBAL = RNG.normal(size=(2, B, G, R, D)).astype(np.float32)
 TEACHER_LOCAL, STUDENT_LOCAL = RNG.normal(size=(2, B, L, R, D)).astype(np.float32)
 TEACHER_HEAD, STUDENT_HEAD = RNG.normal(size=(2, D, Z)).astype(np.float32) / 8
+PROTOTYPES = jnp.eye(Z)  # rows are then the logits
 GLOBAL_VALID = np.array([[1, 1], [0, 1], [1, 1]], bool)
 LOCAL_VALID = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 
@@ -23,11 +25,17 @@ def loss(student_global, student_local, teacher_global, teacher_local, global_va
         teacher_local,
         global_valid,
         local_valid,
-        project=lambda x: x @ TEACHER_HEAD,
+        project=lambda x: (x @ TEACHER_HEAD, PROTOTYPES),
         temperature=0.07,
         iterations=3,
     )
-    return qsacl.query_term(student_global, student_local, targets, project=lambda x: x @ STUDENT_HEAD, temperature=0.1)
+    return qsacl.query_term(
+        student_global,
+        student_local,
+        targets,
+        project=lambda x: (x @ STUDENT_HEAD, PROTOTYPES),
+        temperature=0.1,
+    )
 
 
 def loop(student_global, student_local, teacher_global, teacher_local, global_valid, local_valid):
@@ -85,10 +93,13 @@ def test_query_term_without_usable_views_is_zero_with_zero_gradient():
     [(np.eye(4), 1.0), (np.eye(4)[[2] * 4], 0.25), (np.full((4, 4), 0.25), 0.25), (np.eye(4)[[0, 0, 1, 1]], 0.5)],
 )
 def test_query_usage_counts_the_queries_that_can_be_told_apart(probs, share):
-    rows = np.broadcast_to(probs, (3, 2, 4, 4)).astype(np.float32)
     valid = np.ones((3, 2, 4), bool)
     valid[1] = False
-    usage = jax.jit(qsacl.query_usage)
-    got = usage(rows * valid[..., None], valid)
-    np.testing.assert_allclose(got, share, rtol=1e-5)
-    assert usage(rows * 0, valid & False) == 0
+    statistics = contrastive.RowStatistics(np.zeros(4), np.ones(4))
+    temperature = 1e-3  # rows are logs of distributions, so this is undone in them
+    rows = np.broadcast_to(temperature * np.log(probs + 1e-30), (3, 2, 4, 4)).astype(np.float32)
+    balance = contrastive.Balance(np.eye(4, dtype=np.float32), np.zeros(4), np.float32(temperature), statistics)
+    usage = jax.jit(qsacl.query_usage, static_argnames="parts")
+    for parts in (1, 3):
+        np.testing.assert_allclose(usage(rows, valid, balance, parts=parts), share, rtol=1e-5)
+    assert usage(rows, valid & False, balance) == 0

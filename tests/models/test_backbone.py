@@ -13,7 +13,7 @@ from flax import linen as nn
 from skysense_jax import sharding
 from skysense_jax.modalities import MODALITIES, Modality
 from skysense_jax.models.backbone import Backbone, group_modalities
-from skysense_jax.models.layers import drop_path
+from skysense_jax.models.layers import DropPath
 
 ALL = tuple(MODALITIES.values())
 CELLS = (2, 3)
@@ -60,10 +60,16 @@ def _apply(model, params, images, valid, train=False):
     return model.apply(params, images, valid, train=train, return_stages=True)
 
 
+def _draws(valid):
+    """Two uniform numbers a block for each image."""
+    key, branches = jax.random.key(1), 2 * sum(FIELDS["depths"])
+    return {name: jax.random.uniform(key, (*x.shape[:2], branches)) for name, x in valid.items()}
+
+
 @functools.partial(jax.jit, static_argnames="model", compiler_options=FAST_COMPILE)
 def _loss_and_gradient(model, params, images, valid):
     def loss(params):
-        out = model.apply(params, images, valid, train=True, rngs={"drop_path": jax.random.key(1)})
+        out = model.apply(params, images, valid, train=True, drop_draws=_draws(valid))
         total = sum(jnp.sin(3 * x).mean() for x in out.features.values())
         return total + 0.01 * (out.router.balance[0] + out.router.z[0])
 
@@ -156,8 +162,9 @@ DROPPING = Backbone(ALL, **FIELDS, **MOE, drop_path=0.5)
 def test_remat_and_scan_unroll_do_not_change_values_or_gradients():
     images, valid = _inputs(batch=4)
     value, gradient = _loss_and_gradient(DROPPING, _params(), images, valid)
-    other = _loss_and_gradient(DROPPING.clone(remat="blocks", scan_unroll=2), _params(), images, valid)
-    _assert_trees_close(other, (value, gradient), atol=2e-6)
+    for changes in (dict(remat="blocks", scan_unroll=2), dict(remat="matmuls")):
+        other = _loss_and_gradient(DROPPING.clone(**changes), _params(), images, valid)
+        _assert_trees_close(other, (value, gradient), atol=2e-6)
     assert jax.tree.structure(gradient) == jax.tree.structure(_params())
     assert jnp.abs(gradient["params"]["tokenizer_s2"]["projection"]["kernel"]).max() > 1e-3
     seen = {name: jnp.abs(gradient["params"][f"stage4_{name}_prompts"]).max() > 0 for name in ("hr", "s2", "s1")}
@@ -215,7 +222,7 @@ def test_new_sensor_row_runs_and_stages_have_their_grids():
 
 def test_drop_path_is_per_image_and_keeps_the_mean():
     x = jnp.ones((40, 50, 3))
-    y = drop_path(x, rate=0.25, key=jax.random.key(0))
+    y = DropPath(0.25, jax.random.uniform(jax.random.key(0), (40, 50, 2)))(1, x)
     assert (y == y[:, :, :1]).all()
     assert set(np.unique(y).round(4)) == {0.0, np.float32(1.3333)}
     assert abs(y.mean() - 1) < 0.04

@@ -116,7 +116,9 @@ def test_fusion_day_outside_the_table_is_not_another_day(params):
 def test_fusion_drop_path_in_training_only(params):
     module = FUSION.clone(drop_path=0.5, remat="blocks")
     train = jax.jit(functools.partial(module.apply, train=True))
-    run = lambda seed: train({"params": params}, *INPUTS, rngs={"drop_path": jax.random.key(seed)})[0]  # noqa: E731
+    shape = (B, FEATURES["hr"].shape[1] * FEATURES["hr"].shape[3] * FEATURES["hr"].shape[4], 2 * module.depth)
+    draws = lambda seed: jax.random.uniform(jax.random.key(seed), shape)  # noqa: E731
+    run = lambda seed: train({"params": params}, *INPUTS, drop_draws=draws(seed))[0]  # noqa: E731
     evaluate = jax.jit(functools.partial(module.apply, train=False))
     plain = apply({"params": params}, *INPUTS)[0]
     np.testing.assert_allclose(evaluate({"params": params}, *INPUTS)[0], plain, atol=1e-6)

@@ -39,21 +39,23 @@ def test_projection_head_equals_numpy(head_params):
         x = x @ params[name]["kernel"] + params[name]["bias"]
         x = x * (1 + erf(x / np.sqrt(2))) / 2
     x = x @ params["bottleneck"]["kernel"] + params["bottleneck"]["bias"]
-    got = jax.jit(HEAD.apply)({"params": params}, X)
-    np.testing.assert_allclose(got, unit(x) @ unit(params["prototypes"]).T, atol=1e-5)
+    rows, prototypes = jax.jit(HEAD.apply)({"params": params}, X)
+    np.testing.assert_allclose(rows, unit(x), atol=1e-5)
+    np.testing.assert_allclose(prototypes, unit(params["prototypes"]), atol=1e-6)
 
 
 def test_projection_head_length_of_prototypes_does_not_matter(head_params):
     longer = {**head_params, "prototypes": head_params["prototypes"] * jnp.arange(1, 8)[:, None]}
     apply = jax.jit(HEAD.apply)
-    np.testing.assert_allclose(apply({"params": longer}, X), apply({"params": head_params}, X), atol=1e-6)
+    for got, wanted in zip(apply({"params": longer}, X), apply({"params": head_params}, X), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-def test_projection_head_bfloat16_gives_fp32_logits(head_params):
-    got = jax.jit(HEAD.clone(compute_dtype=jnp.bfloat16).apply)({"params": head_params}, X)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, HEAD.apply({"params": head_params}, jnp.asarray(X)), atol=0.05)
-    assert np.abs(got).max() <= 1 + 1e-5
+def test_projection_head_bfloat16_gives_fp32_rows(head_params):
+    rows, prototypes = jax.jit(HEAD.clone(compute_dtype=jnp.bfloat16).apply)({"params": head_params}, X)
+    assert rows.dtype == prototypes.dtype == jnp.float32
+    np.testing.assert_allclose(rows, HEAD.apply({"params": head_params}, jnp.asarray(X))[0], atol=0.05)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1, atol=1e-5)
 
 
 def test_text_head_rows_are_unit_and_scale_starts_as_clip(text_params):
