@@ -91,6 +91,14 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return constrain(x, BATCH, *(ACTIVATION,) * (x.ndim - 1))
 
 
+def gathered(weight: jax.Array, *axes: str) -> jax.Array:
+    """``weight``, of these logical axes, whole along ``EMBED``: what a matrix product of sharded samples needs.
+
+    Called on what was cast to the compute dtype: left to itself the compiler gathers the fp32 master, twice the bytes.
+    """
+    return constrain(weight, *(ACTIVATION if axis in (EMBED, UNSHARDED) else axis for axis in axes))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where an array with samples outermost lives."""
     return NamedSharding(mesh, PartitionSpec(dict(LOGICAL_AXIS_RULES)[BATCH]))

@@ -78,6 +78,7 @@ ONLY_BY = {
 CONFIG_READERS = {
     "config.py",
     "config_checks.py",
+    "config_layout.py",
     "assembly.py",
     "train.py",
     "export/__main__.py",

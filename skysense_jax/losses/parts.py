@@ -4,16 +4,17 @@ Part i holds samples i, i + n, i + 2 n ...: every device keeps a share of each p
 have in common is wrapped in ``Shared`` and goes to each part as it is.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Shaped
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Shared:
     """A value that has no batch axis."""
 

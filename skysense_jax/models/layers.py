@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
-from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED
+from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED, gathered
 
 
 def named(name: str, init: Callable) -> Callable:
@@ -80,7 +80,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
         """``x`` times the kernel, plus the bias, in ``compute_dtype``."""
         kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features))
-        y = x.astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
+        y = x.astype(self.compute_dtype) @ gathered(kernel.astype(self.compute_dtype), *self.axes)
         if self.use_bias:
             axis = UNSHARDED if self.axes[1] == EMBED else self.axes[1]
             bias = self.param("bias", partitioned(self.bias_init, axis), (self.features,))

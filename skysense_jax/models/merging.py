@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.models.layers import KERNEL_INIT, LayerNorm, partitioned
-from skysense_jax.sharding import EMBED, UNSHARDED, constrain_batch
+from skysense_jax.sharding import EMBED, UNSHARDED, constrain_batch, gathered
 
 
 def neighbours(x: Float[Array, "B I P Q D"]) -> Float[Array, "B I P2 Q2 F"]:
@@ -66,4 +66,5 @@ class PatchMerging(nn.Module):
 
     def reduce(self, x: Float[Array, "B I P Q D"], kernel: Float[Array, "D F"]) -> Float[Array, "B I P Q F"]:
         """The linear layer without its norm."""
-        return constrain_batch(x).astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
+        kernel = gathered(kernel.astype(self.compute_dtype), UNSHARDED, EMBED)
+        return constrain_batch(x).astype(self.compute_dtype) @ kernel

@@ -17,7 +17,17 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from skysense_jax.models.layers import KERNEL_INIT, gelu, named, partitioned
-from skysense_jax.sharding import ACTIVATION, EMBED, EXPERT, GROUPS, MLP, UNSHARDED, constrain, constrain_batch
+from skysense_jax.sharding import (
+    ACTIVATION,
+    EMBED,
+    EXPERT,
+    GROUPS,
+    MLP,
+    UNSHARDED,
+    constrain,
+    constrain_batch,
+    gathered,
+)
 
 
 @struct.dataclass
@@ -124,13 +134,16 @@ class ExpertMlp(nn.Module):
     def _weights(self, width):
         num, hidden, zeros = self.num_experts, self.hidden_dim, nn.initializers.zeros
         init = named("xavier_uniform", nn.initializers.xavier_uniform(batch_axis=0))  # each expert's as a dense MLP's
-        weights = (
-            self.param("hidden_kernel", partitioned(init, EXPERT, EMBED, MLP), (num, width, hidden)),
-            self.param("hidden_bias", partitioned(zeros, EXPERT, MLP), (num, hidden)),
-            self.param("output_kernel", partitioned(init, EXPERT, MLP, EMBED), (num, hidden, width)),
-            self.param("output_bias", partitioned(zeros, EXPERT, UNSHARDED), (num, width)),
+
+        def weight(name, init, shape, *axes):
+            return gathered(self.param(name, partitioned(init, *axes), shape).astype(self.compute_dtype), *axes)
+
+        return (
+            weight("hidden_kernel", init, (num, width, hidden), EXPERT, EMBED, MLP),
+            weight("hidden_bias", zeros, (num, hidden), EXPERT, MLP),
+            weight("output_kernel", init, (num, hidden, width), EXPERT, MLP, EMBED),
+            weight("output_bias", zeros, (num, width), EXPERT, UNSHARDED),
         )
-        return tuple(weight.astype(self.compute_dtype) for weight in weights)
 
     def _with_capacity(self, x, weights, gates, experts, valid):
         num_tokens = x.shape[1]

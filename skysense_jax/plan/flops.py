@@ -8,14 +8,20 @@ import math
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def of_jaxpr(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of one run of a jaxpr, over all devices.
+    """FLOPs of one run of a jaxpr, over all devices; of what its results do not need, which no compiler keeps, none.
 
     Raises:
       ValueError: a loop whose length is not known before it runs holds matrix products.
     """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _of_equations(needed)
+
+
+def _of_equations(jaxpr: Any) -> float:
     return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
@@ -27,7 +33,7 @@ def _of_equation(equation: Any) -> float:
         kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
         out_features = params["dimension_numbers"].rhs_spec[0]
         return 2.0 * math.prod(out) * math.prod(kernel) / kernel[out_features]
-    inner = [of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+    inner = [_of_equations(jaxpr) for jaxpr in _inner(params)]
     if name == "scan":
         return params["length"] * sum(inner, 0.0)
     if name == "cond":

@@ -30,8 +30,19 @@ def test_scan_counts_every_turn_and_its_gradient_three_times():
     assert counted(chain, (7, 7), (3, 7)) == forward
     both = counted(jax.grad(chain, argnums=(0, 1)), (7, 7), (3, 7))
     assert both == 3 * forward
-    again = counted(jax.grad(jax.checkpoint(chain), argnums=(0, 1)), (7, 7), (3, 7))
+    again = counted(jax.value_and_grad(jax.checkpoint(chain), argnums=(0, 1)), (7, 7), (3, 7))
     assert again == 4 * forward  # the recomputation counts
+
+
+def test_what_no_result_needs_does_not_count():
+    def some(x, w):
+        def body(carry, _):
+            return (carry[0] @ w, carry[1] + 1.0), (carry[0] @ w).sum()
+
+        (_, count), _ = jax.lax.scan(jax.checkpoint(body), (x, 0.0), None, length=5)
+        return x @ w, count
+
+    assert counted(some, (3, 7), (7, 7)) == 2 * 3 * 7 * 7
 
 
 def test_branches_count_the_dearest_and_unknown_loops_are_refused():
