@@ -20,10 +20,8 @@ def measure(name: str, *, compile_it: bool) -> tuple[str, ...]:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
-        state = train_state.abstract_state(boxed, mesh)
-        placed = sharding.batch_sharding(mesh)
-        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
-        step = jax.jit(run.step, donate_argnums=0, out_shardings=(train_state.state_shardings(boxed, mesh), None))
+        state, batch = train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh)
+        step = train_state.jit_step(run.step, boxed, mesh)
         start = time.perf_counter()
         lowered = step.lower(state, batch)
         lower_seconds = time.perf_counter() - start

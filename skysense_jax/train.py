@@ -27,7 +27,7 @@ from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval import pictures, probes
 from skysense_jax.feed import prefetch
-from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, state_shardings
+from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
@@ -166,7 +166,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         monitor = _Monitor(config, pipeline, writers)
 
         # ---- loop
-        step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(state_shardings(boxed, mesh), None))
+        step_fn = jit_step(run.step, boxed, mesh)
         batches = prefetch(source, mesh, config.run.prefetch_batches)
         element = None
         for step in range(start + 1, config.optim.num_steps + 1):

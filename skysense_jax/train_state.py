@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from skysense_jax.batch import Batch
 from skysense_jax.models.skysense import SkySense
-from skysense_jax.sharding import tree_shardings, unbox
+from skysense_jax.sharding import batch_sharding, tree_shardings, unbox
 
 
 @struct.dataclass
@@ -71,6 +71,17 @@ def abstract_state(boxed: TrainState, mesh: Mesh) -> TrainState:
         unbox(boxed),
         state_shardings(boxed, mesh),
     )
+
+
+def jit_step(step: Any, boxed: TrainState, mesh: Mesh) -> Any:
+    """The training step, jitted: the state donated, its arrays where they lived. Call under ``jax.set_mesh(mesh)``."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(boxed, mesh), None))
+
+
+def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:
+    """A batch of shapes, placed: samples over the mesh's batch axes."""
+    placed = batch_sharding(mesh)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
 
 
 def create_state(

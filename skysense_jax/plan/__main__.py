@@ -1,8 +1,11 @@
 """Does a run fit a target, and how long does it take: ``python -m skysense_jax.plan --config=FILE --target=v5p:64``.
 
-No accelerator is needed, only its compiler. Ends with 1 and the reason if the step does not fit.
+No accelerator is needed, only its compiler. Ends with 1 and the reason if the step does not fit. ``--sweep`` compiles
+several meshes and ways of recomputing instead and recommends one; ``--out=FILE`` keeps the text.
 """
 
+import importlib.metadata
+import pathlib
 import sys
 
 import jax
@@ -12,12 +15,16 @@ from ml_collections import ConfigDict
 from skysense_jax import assembly, cost, dry_run
 from skysense_jax import config as config_lib
 from skysense_jax.plan import forecast as forecast_lib
+from skysense_jax.plan import sweep as sweep_lib
 from skysense_jax.plan import targets
 
 _FULL = 0.85  # of a chip's memory; what is left is for fragments, the input batches ahead and the collectives' buffers
 _REMEDIES = (
-    "more chips; config.mesh.fsdp larger; config.efficiency.remat='blocks'; config.data.batch_size or views smaller"
+    "config.parts.logits or microbatches larger; config.mesh.fsdp larger; config.efficiency.remat='blocks'; "
+    "more chips; config.data.batch_size or views smaller"
 )
+# What the figures depend on: with another value a kept plan is another run's.
+_PLANNED = ("mesh", "efficiency", "parts", "data", "model", "objective")
 
 
 def formula_flops(config: ConfigDict) -> float:
@@ -45,6 +52,8 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     lines = [
         f"{config.name}, batch {samples}, on {target} ({chip.source})",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in f.mesh_shape.items())}",
+        f"remat {config.efficiency.remat}, microbatches {config.parts.microbatches}, logits in {config.parts.logits} "
+        f"parts; config {config_lib.fingerprint(config, _PLANNED)}; {_compilers(chip)}",
         "",
         "of one device, GiB",
         row("state and batch", gib(f.state_bytes)),
@@ -74,8 +83,52 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     return "\n".join(lines)
 
 
-def plan(config: ConfigDict, target: targets.Target) -> None:
-    """Prints the plan.
+def _compilers(chip: targets.Chip) -> str:
+    """Whose figures these are."""
+    packages = ("jax", "libtpu" if chip.platform == "tpu" else "jax-cuda13-plugin")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return ", ".join(f"{name} {found.get(name, 'unknown')}" for name in packages)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def sweep(config: ConfigDict, target: targets.Target) -> str:
+    """The table of all candidates, and the one recommended; each row is said as it is there.
+
+    Raises:
+      ValueError: the config or the target is wrong, or no candidate fits.
+    """
+    backbone = config.model.backbone
+    remats = sweep_lib.REMATS
+    outcomes, lines = [], [f"{config.name}, batch {config.data.batch_size}, on {target}"]
+    for candidate in sweep_lib.candidates(
+        target,
+        num_experts=backbone.num_experts if backbone.num_moe_blocks else 0,
+        batch_size=config.data.batch_size,
+        remats=remats,
+    ):
+        tried = config.copy_and_resolve_references()
+        for field, value in candidate.overrides.items():
+            section, key = field.split(".")
+            tried[section][key] = value
+        try:
+            config_lib.validate(tried, num_devices=target.num_chips)
+            mesh = forecast_lib.make_mesh(target, dict(tried.mesh))
+            outcomes.append(sweep_lib.Outcome(candidate, forecast_lib.compile_step(tried, mesh, say=_say)))
+        except ValueError as error:
+            outcomes.append(sweep_lib.Outcome(candidate, None, str(error)))
+        lines.append(outcomes[-1].row(target))
+        _say(lines[-1])
+    chosen = sweep_lib.best(outcomes, target, _FULL)
+    if chosen is None:
+        raise ValueError("\n".join([*lines, f"nothing fits in {_FULL:.0%} of a device's memory; try {_REMEDIES}"]))
+    return "\n".join([*lines, f"recommended: {chosen.candidate}"])
+
+
+def plan(config: ConfigDict, target: targets.Target, out: pathlib.Path | None = None) -> None:
+    """Prints the plan, and keeps it in ``out``.
 
     Raises:
       ValueError: the config or the target is wrong, or the step does not fit.
@@ -84,8 +137,11 @@ def plan(config: ConfigDict, target: targets.Target) -> None:
     if target.remark:
         print(target.remark)
     mesh = forecast_lib.make_mesh(target, dict(config.mesh))
-    forecast = forecast_lib.compile_step(config, mesh)
-    print(report(config, target, forecast))
+    forecast = forecast_lib.compile_step(config, mesh, say=_say)
+    text = report(config, target, forecast)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
     share = forecast.peak_bytes / target.chip.memory_bytes
     if share > _FULL:
         raise ValueError(f"does not fit: {share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}")
@@ -98,7 +154,11 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is not compiled for the target runs here
     logging.set_verbosity(logging.WARNING)
     try:
-        plan(flags.FLAGS.config, targets.parse(flags.FLAGS.target))
+        target = targets.parse(flags.FLAGS.target)
+        if flags.FLAGS.sweep:
+            print(sweep(flags.FLAGS.config, target))
+        else:
+            plan(flags.FLAGS.config, target, pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -106,5 +166,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":  # flags are global: a test that imports this and train.py would define --config twice
     config_lib.define_flag()
     flags.DEFINE_string("target", None, "kind and number of chips, e.g. v5p:64, or a cloud's name: v5p-128")
+    flags.DEFINE_bool("sweep", False, "compile several meshes and ways of recomputing, and recommend one")
+    flags.DEFINE_string("out", None, "file that keeps the plan's text")
     flags.mark_flags_as_required(("config", "target"))
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -8,7 +8,8 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {chip.name}"
 """
+# Without a device its compiler picks tiles for Triton's matrix products blindly, and fails on some.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Forecast:
 
     def network_seconds(self, target: Target) -> float:
         """Of all exchanges one after another: those within a slice or host over its links, others over the network."""
-        return sum(c.bytes_sent / self._bandwidth(c, target) for c in self.traffic.collectives)
+        return sum((c.bytes_sent / self._bandwidth(c, target) for c in self.traffic.collectives), 0.0)
 
     def step_seconds(self, target: Target) -> float:
         """The longer of compute and memory, and half of the network: compilers hide a part of it behind the rest."""
@@ -112,17 +115,31 @@ def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
     return sharding.make_mesh(**sizes, devices=devices)
 
 
-def compile_step(config: Any, mesh: Mesh) -> Forecast:
-    """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated."""
+def compile_step(config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda text: None) -> Forecast:
+    """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated. ``say`` hears how far it is.
+
+    Raises:
+      ValueError: the compiler found no way to fit the step into the target's memory.
+    """
     run = assembly.assemble(config)
     shapes = assembly.batch_shapes(config, run.modalities)
+    start = time.monotonic()
+    stage = lambda name: say(f"{name} after {time.monotonic() - start:.0f} s")  # noqa: E731
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
-        placed = sharding.batch_sharding(mesh)
-        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
-        step = jax.jit(run.step, donate_argnums=0, out_shardings=(train_state.state_shardings(boxed, mesh), None))
-        traced = step.trace(train_state.abstract_state(boxed, mesh), batch)
-        compiled = traced.lower().compile()
+        step = train_state.jit_step(run.step, boxed, mesh)
+        traced = step.trace(train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh))
+        stage("traced")
+        lowered = traced.lower()
+        stage("lowered")
+        platform = mesh.devices.flat[0].platform
+        try:
+            compiled = lowered.compile(_GPU_OPTIONS if platform == "cuda" else None)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(f"does not fit: {str(error).splitlines()[0]}") from error
+        stage("compiled")
     memory = compiled.memory_analysis()
     return Forecast(
         state_bytes=memory.argument_size_in_bytes,

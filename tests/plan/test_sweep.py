@@ -1,0 +1,77 @@
+"""Which candidates a sweep tries, what it says of them and which one it recommends; nothing is compiled here."""
+
+import types
+
+import jax
+import pytest
+from micro import micro_config
+
+from skysense_jax import train_state
+from skysense_jax.plan import __main__ as command
+from skysense_jax.plan import forecast, program, sweep, targets
+
+
+def made_up(seconds, gib, target):
+    """A forecast of so many seconds and so much memory."""
+    traffic = program.Traffic(seconds * target.chip.memory_bandwidth, ())
+    shape = dict(data=1, fsdp=4, tensor=1, expert=1)
+    return forecast.Forecast(1, 1, int(gib * targets.GIB), 1.0, traffic, shape)
+
+
+def test_candidates_shard_over_a_slice_a_host_and_experts():
+    target = targets.parse("v5p:64")
+    found = list(sweep.candidates(target, num_experts=8, batch_size=1024, remats=("none", "blocks")))
+    meshes = [tuple(c.overrides[f"mesh.{axis}"] for axis in ("data", "fsdp", "expert")) for c in found[::2]]
+    assert meshes == [(1, 64, 1), (1, 8, 8), (4, 16, 1), (4, 2, 8), (16, 4, 1), (16, 1, 4)]
+    assert [c.overrides["efficiency.remat"] for c in found[:2]] == ["none", "blocks"]
+    assert {c.overrides["parts.logits"] for c in found} == {16}
+    dense = list(sweep.candidates(targets.parse("h200:1"), num_experts=0, batch_size=64, remats=("none",)))
+    assert [str(c) for c in dense] == [
+        "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.expert=1 "
+        "--config.efficiency.remat=none --config.parts.logits=64"
+    ]
+
+
+def test_best_is_the_fastest_that_fits():
+    target = targets.parse("v5e:4")  # 15.75 GiB
+    of = lambda seconds, gib: sweep.Outcome(sweep.Candidate({"n": gib}), made_up(seconds, float(gib), target))  # noqa: E731
+    failed = sweep.Outcome(sweep.Candidate({}), None, "does not fit")
+    outcomes = [of(3.0, 4), of(1.0, 15), of(2.0, 13), failed]
+    assert sweep.best(outcomes, target, 0.85) is outcomes[2]
+    assert sweep.best([outcomes[1], failed], target, 0.85) is None
+    assert outcomes[2].row(target) == "--config.n=13: 83% of memory, 2.000 s a step"
+
+
+def test_command_tries_all_and_recommends_one_or_says_why_none_fits(monkeypatch):
+    config, target = micro_config(), targets.parse("v5e:4")
+    tried = []
+
+    def compile_step(config, mesh, say):
+        tried.append((dict(mesh.shape), config.efficiency.remat, config.parts.logits))
+        if config.efficiency.remat == "none":
+            raise ValueError("does not fit: 20 GiB")
+        return made_up(2.0 if config.efficiency.remat == "blocks" else 1.0, 10.0, target)
+
+    monkeypatch.setattr(forecast, "make_mesh", lambda target, sizes: types.SimpleNamespace(shape=sizes))
+    monkeypatch.setattr(forecast, "compile_step", compile_step)
+    text = command.sweep(config, target)
+    assert len(tried) == 6  # with and without the axis of the two experts
+    assert config.efficiency.remat == "none"  # the caller's stays
+    assert "remat=none --config.parts.logits=2: does not fit: 20 GiB" in text
+    assert text.splitlines()[-1].startswith("recommended: --config.mesh.data=1 --config.mesh.fsdp=4")
+    assert "remat=matmuls" in text.splitlines()[-1]
+    monkeypatch.setattr(command, "_FULL", 0.5)
+    with pytest.raises(ValueError, match=r"nothing fits in 50% of a device's memory; try config.parts.logits"):
+        command.sweep(config, target)
+
+
+def test_step_that_the_compiler_cannot_fit_is_an_error_of_one_line(monkeypatch):
+    def fail(options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory (143.56G), exceeds 15.75G\npages")
+
+    lowered = types.SimpleNamespace(compile=fail)
+    step = types.SimpleNamespace(trace=lambda *_: types.SimpleNamespace(lower=lambda: lowered))
+    monkeypatch.setattr(train_state, "jit_step", lambda *_: step)
+    mesh = forecast.sharding.make_mesh(1, 8, 1, 1)
+    with pytest.raises(ValueError, match=r"does not fit: RESOURCE_EXHAUSTED: Ran out of memory \(143.56G\).*15.75G$"):
+        forecast.compile_step(micro_config(), mesh)
