@@ -242,6 +242,7 @@ def student_terms(
         share = router.load / jnp.maximum(router.load.sum(1, keepdims=True), 1.0)
         for block, row in enumerate(share):
             logged |= {f"experts/load_block{block}_expert{e}": value for e, value in enumerate(row)}
+            logged[f"experts/skew_block{block}"] = row.max() * len(row)  # largest load / mean load: 1 is even
     return terms, logged
 
 
