@@ -57,13 +57,13 @@ class Profiler:
         *,
         after_step: int,
         begins: Callable[[int], None],
-        report: Callable[[dict[str, float]], None],
+        report: Callable[[int, dict[str, float]], None],
     ):
         """``steps``: those to trace, if any; a file a process in ``workdir/profile/plugins/profile/steps_START_END``.
 
         ``after_step``: the step that this process goes on from. The next one compiles; of ``steps`` those after it are
         traced, since a run that was stopped and starts again with the same command must go on. ``begins`` is told the
-        last of them when the first is about to run, ``report`` the numbers of the trace when it is read.
+        last of them when the first is about to run, ``report`` the last and the numbers of the trace when it is read.
         """
         self._steps, self._workdir, self._begins, self._report = steps, workdir, begins, report
         self._folder: tempfile.TemporaryDirectory | None = None  # while a trace is being written
@@ -128,7 +128,7 @@ class Profiler:
             logging.warning("the trace holds no operation of a device that is known here: no split of its time")
         else:
             logging.info("%s", found.text())
-            self._report(found.numbers())
+            self._report(self._steps.stop - 1, found.numbers())
 
 
 def _text(steps: range) -> str:

@@ -43,13 +43,12 @@ class _Monitor:
 
     Attributes:
       clock: takes the time of the steps.
-      notes: is written, once, with the numbers of the next step that are.
     """
 
     def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers):
         self._run, self._num_steps = config.run, config.optim.num_steps
         self.clock = measure.StepClock(**_work(config), devices=jax.devices())
-        self.notes: dict[str, float] = {}
+        self._notes: tuple[int, dict[str, float]] = (0, {})
         self._pipeline, self._writers = pipeline, writers
         self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(config.optim.num_steps)
         self._records = self._bad_records = 0
@@ -62,6 +61,10 @@ class _Monitor:
         self.clock.dispatched(step_metrics)
         for ready in self._buffer.flush_ready():
             self._write(*ready)
+
+    def note(self, step: int, numbers: dict[str, float]) -> None:
+        """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
+        self._notes = (step, numbers)
 
     def close(self) -> None:
         """Writes what is left."""
@@ -76,9 +79,10 @@ class _Monitor:
         if in_row:
             logging.warning("step %d: loss or gradient not finite; update skipped, %d in a row", step, in_row)
         if step % self._run.log_every_steps == 0 or step in (1, self._num_steps) or in_row:
-            numbers = {**numbers, "bad_records": self._bad_records, **self.clock.numbers(step), **self.notes}
+            numbers = {**numbers, "bad_records": self._bad_records, **self.clock.numbers(step)}
+            if step >= self._notes[0]:
+                numbers, self._notes = {**numbers, **self._notes[1]}, (0, {})
             self._writers.write(step, {name: float(number) for name, number in numbers.items()})
-            self.notes.clear()
         if in_row >= self._run.max_nonfinite_in_row:
             raise RuntimeError(
                 f"step {step}: {in_row} updates in a row were skipped because loss or gradient was not finite "
@@ -181,7 +185,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None =
         meta = {"config": config_lib.flat_text(config)}
         monitor = _Monitor(config, pipeline, writers)
         profiler = profiling.Profiler(
-            profiled, workdir, after_step=start, begins=monitor.clock.restart, report=monitor.notes.update
+            profiled, workdir, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )
         stack.callback(profiler.close)
 

@@ -55,7 +55,9 @@ def run(program, workdir, steps, *, after=0, last=9):
     """What a run of the steps after ``after`` up to ``last`` is told: where a trace ends, and its numbers."""
     step_fn, state, batch = program
     told = []
-    profiler = profiling.Profiler(steps, workdir, after_step=after, begins=told.append, report=told.append)
+    profiler = profiling.Profiler(
+        steps, workdir, after_step=after, begins=told.append, report=lambda *numbers: told.append(numbers)
+    )
     for step in range(after + 1, last + 1):
         state, _ = profiler.run(step, step_fn, state, batch)
     profiler.close()
@@ -68,8 +70,8 @@ def traces(workdir):
 
 def test_trace_of_steps_is_written_and_split(program, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        step, numbers = run(program, tmp_path, range(3, 6))
-    assert step == 5
+        begun, (step, numbers) = run(program, tmp_path, range(3, 6))
+    assert begun == step == 5
     assert traces(tmp_path) == ["steps_3_5"]
     assert numbers["profile/step_seconds"] > 0
     assert numbers["profile/exchange_seconds"] > 0
@@ -90,14 +92,14 @@ def test_exchanges_are_known_by_the_names_that_jax_gives_them(tmp_path):
         return moved.sum() + jax.lax.psum(x, "data") + jax.lax.pmax(x, "data")
 
     x = jax.device_put(jnp.ones((64, 24)), NamedSharding(mesh, PartitionSpec("data")))
-    _, numbers = run((lambda state, batch: (state, exchange(batch)), x, x), tmp_path, range(2, 4), last=3)
+    _, (_, numbers) = run((lambda state, batch: (state, exchange(batch)), x, x), tmp_path, range(2, 4), last=3)
     for kind in ("all_to_all", "all_gather", "reduce_scatter", "permute", "all_reduce"):
         assert numbers[f"profile/{kind}_seconds"] > 0, kind
 
 
 def test_restart_inside_the_range_traces_what_is_left_after_compilation(program, tmp_path, caplog):
-    step, _ = run(program, tmp_path, range(3, 8), after=4)
-    assert step == 7
+    begun, (step, _) = run(program, tmp_path, range(3, 8), after=4)
+    assert begun == step == 7
     assert traces(tmp_path) == ["steps_6_7"]
     assert "steps 3 to 7 are asked for; this process goes on after step 4" in caplog.text
     assert "traced are 6 to 7" in caplog.text

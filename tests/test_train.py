@@ -268,6 +268,30 @@ def _monitor(**fields):
     return train._Monitor(config, _Pipeline(), metrics.Writers([]))
 
 
+@pytest.mark.parametrize(("every", "written_with"), [(1, [4]), (3, [6])])
+def test_notes_are_written_once_and_not_before_their_step(every, written_with):
+    class Sink:
+        def __init__(self):
+            self.steps = []
+
+        def write(self, step, numbers):
+            self.steps += [step] * ("profile/step_seconds" in numbers)
+
+        def close(self):
+            pass
+
+    config, sink = micro_config(), Sink()
+    config.run.log_every_steps = every
+    monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]))
+    numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, {"bad_record": np.array([-1])}
+    for step in range(1, 10):
+        if step == 4:
+            monitor.note(4, {"profile/step_seconds": 1.0})  # before the numbers of step 3 are written
+        monitor.after_step(step, numbers, element)
+    monitor.close()
+    assert sink.steps == written_with
+
+
 def test_run_stops_above_the_share_of_bad_records():
     monitor = _monitor(max_bad_record_share=0.02)
     good, bad = ({"bad_record": np.array([value] + [-1] * 49)} for value in (-1, 7))
