@@ -133,6 +133,21 @@ def step_flops(
     return 3 * (globals_ + locals_) + globals_ + (locals_ if teacher_local else 0.0)
 
 
+def batch_flops(
+    modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any], teacher_local: bool
+) -> float:
+    """FLOPs of the model in one training step over the whole batch, of a config's ``data`` and ``model`` sections.
+
+    Recomputation in the backward pass is not among them: utilisation counts what the model needs. ``teacher_local`` as
+    in ``step_flops``.
+    """
+    costs = view_costs(modalities, data=data, model=model)
+    of_sample = step_flops(
+        costs["global"], costs["local"], views=data["views"], num_dates=data["num_dates"], teacher_local=teacher_local
+    )
+    return of_sample * data["batch_size"]
+
+
 def state_bytes(num_parameters: int) -> int:
     """Bytes of the training state: student, teacher and two moments in fp32."""
     return num_parameters * 4 * 4

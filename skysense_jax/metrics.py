@@ -223,8 +223,8 @@ class Progress:
         self._last_shown = -math.inf
         self._silent = jax.process_index() != 0
 
-    def update(self, step: int, loss: Any) -> None:
-        """Says where the run is, ``step`` steps being done."""
+    def update(self, step: int, loss: Any, remarks: str = "") -> None:
+        """Says where the run is, ``step`` steps being done; ``remarks`` stand at the line's end."""
         now = self._clock()
         if self._first is None:
             self._first = (step, now)
@@ -236,6 +236,8 @@ class Progress:
         text = f"step {step}/{self._num_steps}  loss {float(loss):.4f}"
         if steps and seconds > 0:
             text += f"  {_rate_text(steps / seconds)}  {_time_text((self._num_steps - step) * seconds / steps)} left"
+        if remarks:
+            text += f"  {remarks}"
         if self._stream.isatty():
             self._stream.write(f"\r\x1b[2K{text}")
             self._stream.flush()

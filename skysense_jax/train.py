@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import checkpoint, dry_run, metrics, parameters, sharding
+from skysense_jax import checkpoint, cost, dry_run, measure, metrics, modalities, parameters, profiling, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.assembly import Run, assemble, batch_shapes, make_pipeline
 from skysense_jax.batch import Batch
@@ -31,28 +30,41 @@ from skysense_jax.train_state import TrainState, abstract_state, boxed_state, cr
 
 _CONFIG = config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "START:END: steps, both included, whose trace goes to WORKDIR/profile."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one checked sample, and stop.")
 
 _PICTURED = 3  # samples in a picture
 
 
 class _Monitor:
-    """What the loop tells people: metrics of earlier steps, progress, skipped updates, unreadable records."""
+    """What the loop tells people: metrics of earlier steps, speed, skipped updates, unreadable records.
+
+    Attributes:
+      clock: takes the time of the steps.
+    """
 
     def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers):
-        self._run, self._batch_size, self._num_steps = config.run, config.data.batch_size, config.optim.num_steps
+        self._run, self._num_steps = config.run, config.optim.num_steps
+        self.clock = measure.StepClock(**_work(config), devices=jax.devices())
+        self._notes: tuple[int, dict[str, float]] = (0, {})
         self._pipeline, self._writers = pipeline, writers
         self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(config.optim.num_steps)
         self._records = self._bad_records = 0
         self._named: set[int] = set()
-        self._last = None
 
     def after_step(self, step: int, step_metrics: dict[str, jax.Array], element: dict[str, Any]) -> None:
         """Takes the numbers of a step in flight and writes those of earlier ones."""
         self._count_bad_records(element)
         self._buffer.push(step, step_metrics)
+        self.clock.dispatched(step_metrics)
         for ready in self._buffer.flush_ready():
             self._write(*ready)
+
+    def note(self, step: int, numbers: dict[str, float]) -> None:
+        """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
+        self._notes = (step, numbers)
 
     def close(self) -> None:
         """Writes what is left."""
@@ -61,16 +73,15 @@ class _Monitor:
         self._progress.close()
 
     def _write(self, step: int, numbers: dict[str, np.ndarray]) -> None:
-        self._progress.update(step, float(numbers["loss"]))
+        self.clock.ended(step)
+        self._progress.update(step, float(numbers["loss"]), self.clock.summary)
         in_row = int(numbers["nonfinite_in_row"])
         if in_row:
             logging.warning("step %d: loss or gradient not finite; update skipped, %d in a row", step, in_row)
         if step % self._run.log_every_steps == 0 or step in (1, self._num_steps) or in_row:
-            now = time.monotonic()
-            numbers = {**numbers, "bad_records": self._bad_records}
-            if self._last is not None and step > self._last[0]:
-                numbers["samples_per_second"] = self._batch_size * (step - self._last[0]) / (now - self._last[1])
-            self._last = (step, now)
+            numbers = {**numbers, "bad_records": self._bad_records, **self.clock.numbers(step)}
+            if step >= self._notes[0]:
+                numbers, self._notes = {**numbers, **self._notes[1]}, (0, {})
             self._writers.write(step, {name: float(number) for name, number in numbers.items()})
         if in_row >= self._run.max_nonfinite_in_row:
             raise RuntimeError(
@@ -95,6 +106,14 @@ class _Monitor:
             )
 
 
+def _work(config: ConfigDict) -> dict[str, Any]:
+    """What a step of a run does: samples, and FLOPs by formula."""
+    rows = modalities.select(config.data.modalities, config.data.new_modalities)
+    teacher_local = config.objective.weights.qsacl > 0
+    flops = cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
+    return dict(batch_size=config.data.batch_size, batch_flops=flops)
+
+
 def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
     """Refuses to go on with another model; says what else changed."""
     changes = config_lib.compare(meta["config"], config)
@@ -108,8 +127,8 @@ def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
         logging.warning("going on with another value than before: %s", change)
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """The state after the last step of the run in ``workdir``, begun or continued.
+def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = None) -> TrainState:
+    """The state after the last step of the run in ``workdir``, begun or continued; ``profile_steps`` as in the flag.
 
     Raises:
       ValueError: a field is wrong, or differs from the saved run's where it must not.
@@ -117,6 +136,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     """
     # ---- what runs, and on what
     config_lib.validate(config, num_devices=jax.device_count())
+    profiled = profiling.parse_steps(profile_steps, num_steps=config.optim.num_steps)
     mesh = sharding.make_mesh(**config.mesh)
     run, pipeline = assemble(config), make_pipeline(config)
     shapes = batch_shapes(config, run.modalities)
@@ -164,16 +184,20 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
         (workdir / "config.txt").write_text(config_lib.flat_text(config))
         meta = {"config": config_lib.flat_text(config)}
         monitor = _Monitor(config, pipeline, writers)
+        profiler = profiling.Profiler(
+            profiled, workdir, after_step=start, begins=monitor.clock.restart, report=monitor.note
+        )
+        stack.callback(profiler.close)
 
         # ---- loop
         step_fn = jit_step(run.step, boxed, mesh)
-        batches = prefetch(source, mesh, config.run.prefetch_batches)
+        batches = monitor.clock.watch(prefetch(source, mesh, config.run.prefetch_batches))
         element = None
         for step in range(start + 1, config.optim.num_steps + 1):
             batch, element, data_state = next(batches)
             if step == start + 1:
                 dry_run.check_element(element, shapes, num_processes=jax.process_count())
-            state, step_metrics = step_fn(state, batch)
+            state, step_metrics = profiler.run(step, step_fn, state, batch)
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
             every = config.run.pictures_every_steps
@@ -317,7 +341,7 @@ def main(argv: list[str]) -> None:
         elif pathlib.Path(_WORKDIR.value).is_file():
             raise ValueError(f"--workdir: got the file {_WORKDIR.value}; wanted the directory of the run")
         else:
-            train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve())
+            train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve(), _PROFILE_STEPS.value)
     except ValueError as error:
         if not str(error).startswith(("config.", "--")):  # these name what a person has to change
             logging.error("", exc_info=True)

@@ -307,6 +307,7 @@ def _signals(sums: Mapping[str, Any]) -> dict[str, Any]:
         share = load / jnp.maximum(load.sum(1, keepdims=True), 1.0)
         for block, row in enumerate(share):
             signals |= {f"experts/load_block{block}_expert{e}": value for e, value in enumerate(row)}
+            signals[f"experts/skew_block{block}"] = row.max() * len(row)  # largest load over the mean: 1 is even
     return signals
 
 

@@ -25,6 +25,16 @@ def test_huge_costs_what_the_method_states():
     assert step == pytest.approx(88e12, rel=0.05)
 
 
+def test_batch_costs_its_samples_and_more_where_the_teacher_sees_local_views():
+    config = tiny.get_config().to_dict()
+    sections = dict(data=config["data"], model=config["model"])
+    whole = cost.batch_flops(ROWS, **sections, teacher_local=True)
+    assert whole == pytest.approx(4 * 4.3e9, rel=0.02)  # of batch 4; configs/tiny.py states 4.3 GFLOP a sample
+    assert cost.batch_flops(ROWS, **sections, teacher_local=False) < whole
+    config["data"]["batch_size"] = 12
+    assert cost.batch_flops(ROWS, **sections, teacher_local=True) == 3 * whole
+
+
 @pytest.mark.parametrize("name", ["hr", "s2"])
 def test_backbone_formula_matches_the_compiler(name):
     fields = dict(tiny.get_config().model.backbone)

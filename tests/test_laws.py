@@ -26,6 +26,7 @@ SECTIONS = ("run", "mesh", "efficiency", "parts", "data", "model", "objective", 
 # What a room may import of the project; a room that is not here may import anything but what NEVER says.
 ALLOWED = {
     "modalities": set(),
+    "chips": set(),
     "sharding": set(),
     "trees": set(),
     "batch": set(),
@@ -34,6 +35,9 @@ ALLOWED = {
     "losses": set(),
     "photometric": {"batch", "modalities"},
     "metrics": set(),
+    "measure": {"chips"},
+    "trace": set(),
+    "profiling": {"trace"},
     "checkpoint": {"trees"},
     "optim": {"trees"},
     "config_layout": set(),
@@ -49,7 +53,7 @@ ALLOWED = {
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
     "ingest": {"data", "modalities"},
     "assembly": {"batch", "config", "data", "dry_run", "modalities", "models", "optim", "train_step"},
-    "plan": {"assembly", "config", "cost", "dry_run", "sharding", "train_state"},
+    "plan": {"assembly", "chips", "config", "cost", "dry_run", "sharding", "train_state"},
     "export": {
         "assembly",
         "checkpoint",

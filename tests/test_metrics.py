@@ -181,11 +181,11 @@ def test_progress_terminal_line_has_rate_and_time_left_without_the_first_step():
     progress = metrics.Progress(1000, stream=stream, clock=clock)
     progress.update(1, 9.0)  # compiled for 100 s before
     clock.now += 20
-    progress.update(101, 8.0)
+    progress.update(101, 8.0, "input 3%")
     progress.close()
     shown = stream.getvalue().split("\r")
     assert shown[1].endswith("step 1/1000  loss 9.0000")
-    assert shown[2].endswith("step 101/1000  loss 8.0000  5.00 steps/s  2 min 59 s left\n")
+    assert shown[2].endswith("step 101/1000  loss 8.0000  5.00 steps/s  2 min 59 s left  input 3%\n")
 
 
 def test_progress_without_terminal_logs_now_and_then_and_the_last(caplog):

@@ -24,7 +24,7 @@ class _Preempted(Exception):
     """Stands in for a pre-emption between two steps."""
 
 
-def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False, change=lambda batch: batch):
+def _train(config, workdir, monkeypatch, *, profile=None, stop_after=None, pictures=False, change=lambda batch: batch):
     """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps.
 
     ``change``: what happens to each batch on its way.
@@ -43,7 +43,7 @@ def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False, cha
         if not pictures:
             patch.setattr(train, "write_pictures", lambda *args: None)
         try:
-            state = train.train(config, workdir)
+            state = train.train(config, workdir, profile)
         except _Preempted:
             return None, order
     return jax.device_get(state), order
@@ -51,10 +51,10 @@ def _train(config, workdir, monkeypatch, *, stop_after=None, pictures=False, cha
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Ten steps without a stop: workdir, state, data order."""
+    """Ten steps without a stop, one of them traced: workdir, state, data order."""
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return workdir, *_train(micro_config(), workdir, monkeypatch)
+        return workdir, *_train(micro_config(), workdir, monkeypatch, profile="4:4")
 
 
 def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, monkeypatch):
@@ -76,6 +76,40 @@ def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, 
 def test_loss_falls_on_the_micro_run(straight):
     lines = metrics.read_json_lines(straight[0] / metrics.FILE_NAME)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_speed_is_written_with_the_loss_and_a_trace_with_the_step_that_ends_it(straight):
+    lines = {line["step"]: line for line in metrics.read_json_lines(straight[0] / metrics.FILE_NAME)}
+    assert "step_seconds" not in lines[1]  # the first step of a process compiles
+    for step in (2, 6, 10):
+        line = lines[step]
+        assert line["samples_per_second"] == pytest.approx(8 / line["step_seconds"])
+        assert 0 <= line["input_wait_seconds"] < line["step_seconds"]
+        assert line["input_wait_share"] == pytest.approx(line["input_wait_seconds"] / line["step_seconds"])
+        assert 0 <= line["input_late_share"] <= 1
+        assert line["device_teraflops_per_second"] > 0
+        assert line["experts/skew_block0"] == pytest.approx(
+            2 * max(line[f"experts/load_block0_expert{e}"] for e in (0, 1))
+        )
+        # a CPU has no rated FLOPs and counts no memory: absent, not zero
+        assert not {name for name in line if "utilization" in name or "memory" in name}
+    assert lines[6]["input_wait_seconds"] > 0
+    traced = {name: value for name, value in lines[4].items() if name.startswith("profile/")}
+    assert not any(name.startswith("profile/") for step, line in lines.items() if step != 4 for name in line)
+    assert "step_seconds" not in lines[4]  # a trace slows it down
+    parts = ("compute", "exposed_exchange", "exposed_copy", "idle")
+    assert sum(traced[f"profile/{part}_seconds"] for part in parts) == pytest.approx(traced["profile/step_seconds"])
+    assert traced["profile/compute_seconds"] > 0
+    assert traced["profile/all_reduce_seconds"] > 0  # gradients over the devices
+    assert traced["profile/exposed_exchange_seconds"] <= traced["profile/exchange_seconds"]
+    written = sorted((straight[0] / "profile" / "plugins" / "profile" / "steps_4_4").iterdir())
+    assert [path.name.split("_process0")[1] for path in written] == [".trace.json.gz", ".xplane.pb"]
+
+
+def test_wrong_profile_steps_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"--profile_steps: got '9:11'; wanted an END in the run, 10"):
+        _train(micro_config(), tmp_path / "run", monkeypatch, profile="9:11")
+    assert not (tmp_path / "run").exists()
 
 
 def test_teacher_alone_is_restored(straight):
@@ -232,6 +266,30 @@ def _monitor(**fields):
     config = micro_config()
     config.run.update(fields)
     return train._Monitor(config, _Pipeline(), metrics.Writers([]))
+
+
+@pytest.mark.parametrize(("every", "written_with"), [(1, [4]), (3, [6])])
+def test_notes_are_written_once_and_not_before_their_step(every, written_with):
+    class Sink:
+        def __init__(self):
+            self.steps = []
+
+        def write(self, step, numbers):
+            self.steps += [step] * ("profile/step_seconds" in numbers)
+
+        def close(self):
+            pass
+
+    config, sink = micro_config(), Sink()
+    config.run.log_every_steps = every
+    monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]))
+    numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, {"bad_record": np.array([-1])}
+    for step in range(1, 10):
+        if step == 4:
+            monitor.note(4, {"profile/step_seconds": 1.0})  # before the numbers of step 3 are written
+        monitor.after_step(step, numbers, element)
+    monitor.close()
+    assert sink.steps == written_with
 
 
 def test_run_stops_above_the_share_of_bad_records():

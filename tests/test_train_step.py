@@ -65,6 +65,8 @@ def test_step_reports_every_term_and_updates_both_sides(first, sharded):
     frozen = [path for path in before if "prototypes" in jax.tree_util.keystr(path)]
     assert len(frozen) == 7
     assert sum(metrics[f"experts/load_block0_expert{e}"] for e in range(2)) == pytest.approx(1)
+    largest = max(metrics[f"experts/load_block0_expert{e}"] for e in range(2))
+    assert metrics["experts/skew_block0"] == pytest.approx(2 * largest, rel=1e-6)
     assert 0 <= metrics["experts/dropped"] < 1
     momentum = metrics["ema_momentum"]
     for path, old in before.items():

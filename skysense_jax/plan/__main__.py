@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from skysense_jax import assembly, cost, dry_run
 from skysense_jax import config as config_lib
+from skysense_jax.chips import GIB
 from skysense_jax.plan import forecast as forecast_lib
 from skysense_jax.plan import sweep as sweep_lib
 from skysense_jax.plan import targets
@@ -30,15 +31,8 @@ _PLANNED = ("mesh", "efficiency", "parts", "data", "model", "objective")
 def formula_flops(config: ConfigDict) -> float:
     """FLOPs of the model in a step by cost.py, without recomputation, over all devices."""
     rows = assembly.assemble(config).modalities
-    views = cost.view_costs(rows, data=config.data, model=config.model)
-    of_sample = cost.step_flops(
-        views["global"],
-        views["local"],
-        views=config.data.views,
-        num_dates=config.data.num_dates,
-        teacher_local=config.objective.weights.qsacl > 0,
-    )
-    return of_sample * config.data.batch_size
+    teacher_local = config.objective.weights.qsacl > 0
+    return cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
 
 
 def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast) -> str:
@@ -48,7 +42,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, assembly.assemble(config).modalities))
     seconds, hosts = f.step_seconds(target), max(target.num_chips // chip.chips_per_host, 1)
     row = lambda name, number, remark="": f"  {name:<34}{number:>10}  {remark}".rstrip()  # noqa: E731
-    gib = lambda num_bytes: f"{num_bytes / targets.GIB:.2f}"  # noqa: E731
+    gib = lambda num_bytes: f"{num_bytes / GIB:.2f}"  # noqa: E731
     lines = [
         f"{config.name}, batch {samples}, on {target} ({chip.source})",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in f.mesh_shape.items())}",

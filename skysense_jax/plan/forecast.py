@@ -1,7 +1,7 @@
 """Compiles a step for a target without hardware and says what a device would hold, compute, move and send.
 
 The target's own compiler does it (extras ``plan-tpu`` and ``plan-gpu``), so what fits here fits there; times are rates
-of targets.py and no measurement. Next: __main__.py prints it.
+of chips.py and no measurement. Next: __main__.py prints it.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from skysense_jax import assembly, sharding, train_state
+from skysense_jax.chips import Chip
 from skysense_jax.plan import flops, program
-from skysense_jax.plan.targets import Chip, Target
+from skysense_jax.plan.targets import Target
 
 # What libtpu asks of the cloud's metadata server, answered here, where there is none; two processes may compile.
 _TPU_ENVIRONMENT = {

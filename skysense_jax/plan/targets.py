@@ -1,7 +1,6 @@
-"""Chips that a step is planned for: what they hold, what they are rated at, how many make which topology.
+"""Targets that a step is planned for: so many chips of a kind (chips.py), and which topology they make.
 
-The one table of rates; every figure is a vendor's data sheet, named in the row. Nothing here imports an accelerator's
-compiler. Next: forecast.py.
+Nothing here imports an accelerator's compiler. Next: forecast.py.
 """
 
 import dataclasses
@@ -9,67 +8,8 @@ import difflib
 import math
 import re
 
-GIB, GB = 2**30, 1e9
+from skysense_jax.chips import CHIPS, Chip
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One kind of accelerator.
-
-    Attributes:
-      platform: "tpu" or "cuda".
-      memory_bytes: what a program may use of it, less than the label says.
-      flops: bf16 multiply-adds a second, dense, as two operations each.
-      memory_bandwidth: bytes a second, read and written.
-      link_bandwidth: bytes a second that a chip sends to others of its slice (TPU: all links, one direction) or of its
-        host (GPU: NVLink, one direction).
-      network_bandwidth: bytes a second that a chip sends beyond its slice or host.
-      chips_per_host: of the usual machine.
-      largest_slice: chips that are linked without the network.
-      cores: TensorCores of a TPU (more than one: the cloud's own names count them), multiprocessors of a GPU.
-      dimensions: of the torus that links a slice; 0: all chips of a host are linked to each other.
-      source: where the figures come from.
-    """
-
-    name: str
-    platform: str
-    memory_bytes: int
-    flops: float
-    memory_bandwidth: float
-    link_bandwidth: float
-    network_bandwidth: float
-    chips_per_host: int
-    largest_slice: int
-    cores: int
-    dimensions: int
-    source: str
-
-
-def _tpu(name, memory_gib, teraflops, bandwidth, link_gbits, largest, cores, dimensions) -> Chip:
-    source = f"Google Cloud TPU documentation, {name}; memory as its compiler states it"
-    # Links are quoted as both directions of all of them; 100 Gbit/s to the network for a host of four chips.
-    rates = teraflops * 1e12, bandwidth * GB, link_gbits / 16 * GB, 3.1 * GB
-    return Chip(name, "tpu", int(memory_gib * GIB), *rates, 4, largest, cores, dimensions, source)
-
-
-def _gpu(name, memory_gib, teraflops, bandwidth, nvlink, cores, label) -> Chip:
-    source = f"NVIDIA data sheet of {label}; {memory_gib} GiB of it usable"
-    # NVLink is quoted as both directions; 400 Gbit/s of InfiniBand or RoCE a GPU, as in machines of eight.
-    rates = teraflops * 1e12, bandwidth * GB, nvlink / 2 * GB, 50 * GB
-    return Chip(name, "cuda", int(memory_gib * GIB), *rates, 8, 8, cores, 0, source)
-
-
-CHIPS: dict[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        _tpu("v5e", 15.75, 197, 819, 1600, 256, 1, 2),
-        _tpu("v5p", 95.74, 459, 2765, 4800, 8960, 2, 3),
-        _tpu("v6e", 31.25, 918, 1640, 3584, 256, 1, 2),
-        _gpu("h20", 94, 148, 4000, 900, 78, "H20, 96 GB"),
-        _gpu("h100", 78, 989, 3350, 900, 132, "H100 SXM, 80 GB"),
-        _gpu("h200", 139, 989, 4800, 900, 132, "H200, 141 GB"),
-    )
-}
 _CLOUD_NAMES = {"v5litepod": "v5e"}  # beside the chips' own names
 
 
