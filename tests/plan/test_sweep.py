@@ -7,6 +7,7 @@ import pytest
 from micro import micro_config
 
 from skysense_jax import train_state
+from skysense_jax.chips import GIB
 from skysense_jax.plan import __main__ as command
 from skysense_jax.plan import forecast, program, sweep, targets
 
@@ -15,7 +16,7 @@ def made_up(seconds, gib, target):
     """A forecast of so many seconds and so much memory."""
     traffic = program.Traffic(seconds * target.chip.memory_bandwidth, ())
     shape = dict(data=1, fsdp=4, tensor=1, expert=1)
-    return forecast.Forecast(1, 1, int(gib * targets.GIB), 1.0, traffic, shape)
+    return forecast.Forecast(1, 1, int(gib * GIB), 1.0, traffic, shape)
 
 
 def test_candidates_shard_over_a_slice_a_host_and_experts():
