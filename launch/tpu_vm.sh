@@ -13,8 +13,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 target=${TPU_DIR:-skysense-jax} retries=${RETRIES:-20}
 on_all() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
+archive=$(mktemp --suffix=.tar.gz) log=$(mktemp)
+trap 'rm -f "$archive" "$log"' EXIT
 tar -C "$root" --exclude=./.venv --exclude=./.git --exclude=./.cache --exclude=./runs -czf "$archive" .
 gcloud compute tpus tpu-vm scp "$archive" "$name:$target.tar.gz" --zone="$zone" --worker=all
 on_all "mkdir -p $target && tar -C $target -xzf $target.tar.gz && cd $target && { [ -x .venv/bin/python ] ||
@@ -23,11 +23,12 @@ on_all "mkdir -p $target && tar -C $target -xzf $target.tar.gz && cd $target && 
 train=$(printf ' %q' -m skysense_jax.train "$@")
 for ((try = 1; try <= retries; try++)); do
   status=0
-  on_all "cd $target && source launch/tpu_env.sh && exec .venv/bin/python$train" || status=$?
+  on_all "cd $target && source launch/tpu_env.sh && exec .venv/bin/python$train" 2>&1 | tee "$log" || status=$?
   [ "$status" -eq 0 ] && exit 0
   echo "$(date -Is) try $try of $retries ended with status $status" >&2
-  # 75: saved, start again; 255: the connection was lost, as when a worker is taken away
-  [ "$status" -eq 75 ] || [ "$status" -eq 255 ] || exit "$status"
+  # The trainer says that it is to be started again; 255: the connection was lost, as when a worker is taken away.
+  # (gcloud's own status need not be that of the command on the workers.)
+  grep -q 'the same command goes on (exit status 75)' "$log" || [ "$status" -eq 255 ] || exit "$status"
   until [ "$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)')" = READY ]; do
     sleep 60
   done

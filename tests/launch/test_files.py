@@ -116,6 +116,12 @@ def test_sbatch_file_asks_for_a_signal_in_time_and_to_be_requeued():
     assert f'"$status" -eq {EXIT_AGAIN}' in (ROOT / "launch" / "slurm.sbatch").read_text()
 
 
+def test_tpu_vm_script_looks_for_what_the_trainer_says():
+    said = f"the same command goes on (exit status {EXIT_AGAIN})"
+    assert said in (ROOT / "launch" / "tpu_vm.sh").read_text()
+    assert said.replace(str(EXIT_AGAIN), "%d") in (ROOT / "skysense_jax" / "train.py").read_text()
+
+
 def _sourced(name, variable):
     script = f'source launch/{name} && printf %s "${variable}"'
     return subprocess.run(["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
