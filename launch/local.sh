@@ -4,7 +4,9 @@
 # --config.data.scenes only what the probe takes counts here. Remove the folder after a change of the generator.
 # Further arguments go to the trainer:  bash launch/local.sh --config.optim.num_steps=50
 set -euo pipefail
+# shellcheck disable=SC2034  # setup.sh reads it
 SETUP_ARGS=()
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 workdir=${WORKDIR:-runs/tiny} scenes=$PWD/runs/scenes_256_of_16_cells
 ls "$scenes"/*.array_record >/dev/null 2>&1 ||

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Lint and tests, with everything they need. Further arguments go to pytest:  bash launch/test.sh tests/models
 set -euo pipefail
+# shellcheck disable=SC2034  # setup.sh reads it
 SETUP_ARGS=(--requirement requirements-test.txt)
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -26,6 +26,10 @@ from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval import pictures, probes
 from skysense_jax.feed import prefetch
+from skysense_jax.launch.facts import local_directory
+from skysense_jax.launch.roll_call import StartError
+from skysense_jax.launch.start import started
+from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
@@ -127,10 +131,13 @@ def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
         logging.warning("going on with another value than before: %s", change)
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = None) -> TrainState:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, *, profile_steps: str | None = None, stop: Stop | None = None
+) -> TrainState:
     """The state after the last step of the run in ``workdir``, begun or continued; ``profile_steps`` as in the flag.
 
     Raises:
+      Stopped: ``stop`` said so; a checkpoint is written.
       ValueError: a field is wrong, or differs from the saved run's where it must not.
       RuntimeError: too many updates skipped in a row, or too large a share of records unreadable.
     """
@@ -200,6 +207,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None =
             state, step_metrics = profiler.run(step, step_fn, state, batch)
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
+            if stop is not None and stop.reached(step):
+                monitor.close()
+                checkpoints.save(step, state, data_state=data_state, meta=meta)
+                checkpoints.wait()
+                raise Stopped(f"stopped behind step {step}, which is saved")
             every = config.run.pictures_every_steps
             if every and step % every == 0 and step < config.optim.num_steps:
                 write_pictures(config, run, pipeline, state.teacher, element, workdir)
@@ -338,10 +350,15 @@ def main(argv: list[str]) -> None:
             print_dry_run(_CONFIG.value)
         elif _WORKDIR.value is None:
             raise ValueError("--workdir: got nothing; wanted the directory of the run")
-        elif pathlib.Path(_WORKDIR.value).is_file():
-            raise ValueError(f"--workdir: got the file {_WORKDIR.value}; wanted the directory of the run")
         else:
-            train(_CONFIG.value, pathlib.Path(_WORKDIR.value).resolve(), _PROFILE_STEPS.value)
+            workdir = local_directory(_WORKDIR.value)
+            with started(_CONFIG.value, workdir) as stop:
+                train(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value, stop=stop)
+    except Stopped as stopped:
+        logging.warning("%s; the same command goes on (exit status %d)", stopped, EXIT_AGAIN)
+        sys.exit(EXIT_AGAIN)
+    except StartError as error:
+        sys.exit(f"error: {error}")
     except ValueError as error:
         if not str(error).startswith(("config.", "--")):  # these name what a person has to change
             logging.error("", exc_info=True)

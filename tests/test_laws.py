@@ -53,6 +53,8 @@ ALLOWED = {
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
     "ingest": {"data", "modalities"},
     "assembly": {"batch", "config", "data", "dry_run", "modalities", "models", "optim", "train_step"},
+    "launch": {"config", "sharding"},
+    "preflight": {"config", "launch"},
     "plan": {"assembly", "chips", "config", "cost", "dry_run", "sharding", "train_state"},
     "export": {
         "assembly",
@@ -74,8 +76,10 @@ ONLY_BY = {
     "ingest": set(),
     "export": set(),
     "plan": set(),
+    "preflight": set(),
     "assembly": {"train", "export", "plan"},
-    "config": {"train", "assembly", "export", "plan"},
+    "config": {"train", "assembly", "export", "launch", "plan", "preflight"},
+    "launch": {"train", "preflight"},
     "train_step": {"train", "assembly"},
 }
 # Beside benchmarks and tests.
@@ -87,7 +91,9 @@ CONFIG_READERS = {
     "train.py",
     "export/__main__.py",
     "export/from_torch.py",
+    "launch/start.py",
     "plan/__main__.py",
+    "preflight.py",
 }
 # Copied into exported directories: one file that needs no other of ours, and one that imports it from beside it, as
 # transformers wants of code that it loads.

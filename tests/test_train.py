@@ -43,7 +43,7 @@ def _train(config, workdir, monkeypatch, *, profile=None, stop_after=None, pictu
         if not pictures:
             patch.setattr(train, "write_pictures", lambda *args: None)
         try:
-            state = train.train(config, workdir, profile)
+            state = train.train(config, workdir, profile_steps=profile)
         except _Preempted:
             return None, order
     return jax.device_get(state), order

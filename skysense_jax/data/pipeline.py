@@ -7,6 +7,7 @@ nothing here may import jax. Read before it: views.py (one element), records.py 
 """
 
 import itertools
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,6 +143,16 @@ class _BatchOrder:
         return self._elements[self._start + batch * self._batch_size + self._process[element]]
 
 
+def _leave_stopping_to_the_run(worker: int, num_workers: int) -> None:
+    """Schedulers send "stop" to whole process groups; the run still needs this worker for the step it ends with.
+
+    Grain ends workers by an event and then SIGKILL, so nothing is lost.
+    """
+    del worker, num_workers
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class PipelineIterator:
     """An endless iterator: this process's part of each batch, nested dicts of numpy arrays as in batch.Batch."""
 
@@ -201,7 +212,9 @@ class PipelineIterator:
             if not flags.FLAGS.is_parsed():
                 # Grain reads flags here and refuses outside absl.app (grain #1355); parsing them later still works.
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._num_workers), worker_init_fn=_leave_stopping_to_the_run
+            )
         return iter(dataset)
 
 

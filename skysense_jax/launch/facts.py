@@ -1,0 +1,150 @@
+"""What a process knows of its own machine before JAX starts: versions, code, config, flags, data, working directory.
+
+Plain values that JSON can hold. Nothing is judged here but what a process can judge alone; comparing with the others is
+report.py's. Does not import jax.
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import skysense_jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy")
+# Of these a host has what its accelerator needs, or none.
+PLUGINS = (
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "jax-rocm7-plugin",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+_PER_HOST_FLAG = r"--xla_(dump_\w+|force_host_platform_device_count)"  # may differ between hosts
+SCENES = "scenes"
+_MOUNT = "mount the bucket (gcsfuse, GKE's driver for it, mountpoint-s3) and give the path"
+
+
+def host_name() -> str:
+    """This machine's name, as reports call it."""
+    return socket.gethostname()
+
+
+def collect(*, config_text: str, sources: Sequence[str]) -> dict[str, Any]:
+    """Facts of this process by name. ``config_text``: all fields, a line each; ``sources``: globs or "scenes"."""
+    return dict(
+        host=host_name(),
+        pid=os.getpid(),
+        versions=versions(),
+        code=code_digest(),
+        config=config_text,
+        flags={name: _without_per_host(os.environ.get(name, "")) for name in FLAGS},
+        sources={name: source_facts(name) for name in sources if name != SCENES},
+    )
+
+
+def local_directory(text: str) -> pathlib.Path:
+    """The absolute path of ``--workdir``.
+
+    Raises:
+      ValueError: it is a file, or lies in a bucket: metrics are appended to, and objects of a bucket cannot be.
+    """
+    if is_url(text):
+        raise ValueError(f"--workdir: got {text}; wanted a directory of a file system: {_MOUNT}")
+    if pathlib.Path(text).is_file():
+        raise ValueError(f"--workdir: got the file {text}; wanted the directory of the run")
+    return pathlib.Path(text).resolve()
+
+
+def is_url(path: str) -> bool:
+    """Whether it is an address such as gs://bucket/name, not a path."""
+    return re.match(r"[a-zA-Z][\w+.-]*://?\w", path) is not None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a step depends on; "none" where a plugin is not installed."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *PLUGINS):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def code_digest() -> str:
+    """The version of this package and a digest of its source: hosts with another checkout compute something else."""
+    root, digest = pathlib.Path(skysense_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return f"{skysense_jax.__version__} {digest.hexdigest()[:12]}"
+
+
+def _without_per_host(flags: str) -> str:
+    return " ".join(sorted(flag for flag in flags.split() if not re.match(_PER_HOST_FLAG, flag)))
+
+
+def source_facts(pattern: str) -> dict[str, Any]:
+    """How many files match, their bytes, a digest of names and sizes, and what keeps this process from reading them."""
+    if is_url(pattern):  # its reader would wait for the cloud's metadata server, without a word
+        problem = f"the reader of ArrayRecord opens files only: {_MOUNT}"
+        return dict(files=0, bytes=0, digest="", problem=problem)
+    files, digest, size, problem = sorted(glob.glob(pattern, recursive=True)), hashlib.sha256(), 0, ""
+    try:
+        for file in files:
+            length = os.stat(file).st_size
+            size += length
+            digest.update(f"{os.path.basename(file)} {length}\n".encode())
+        for file in files[:1] + files[-1:]:
+            with open(file, "rb") as opened:
+                opened.read(1)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+    if not files:
+        problem = "no file matches"
+    return dict(files=len(files), bytes=size, digest=digest.hexdigest()[:12], problem=problem)
+
+
+# ---- the working directory
+
+
+class Token:
+    """A file in the working directory by which processes see whether it is one and the same for all."""
+
+    def __init__(self, workdir: pathlib.Path, name: str):
+        self._path = workdir / f".preflight-{name}"
+
+    def write(self) -> str:
+        """Nothing, or why this process cannot write there."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(self._path.name)
+        except OSError as error:
+            return f"{error.strerror} ({host_name()})"
+        return ""
+
+    def is_there(self, *, wait_s: float) -> bool:
+        """Whether this process reads what was written; network file systems may show a new file late."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                if self._path.read_text() == self._path.name:
+                    return True
+            except OSError:
+                pass  # not there, or not yet
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+
+    def remove(self) -> None:
+        """It is gone, if it was there."""
+        self._path.unlink(missing_ok=True)
