@@ -11,7 +11,9 @@ import functools
 import os
 import pathlib
 import secrets
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -76,13 +78,28 @@ def started(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Stop]:
     except Stopped:
         _leave(placement)
         raise
-    _leave(placement)  # not after an error: the others are not at an end, and nobody waits for them
+    except BaseException as error:
+        if placement is not None:
+            _end_at_once(error)
+        raise
+    _leave(placement)
 
 
 def _leave(placement: Placement | None) -> None:
     """Waits for the others to be at their end too, and disconnects."""
     if placement is not None:
         jax.distributed.shutdown()
+
+
+def _end_at_once(error: BaseException) -> None:
+    """Ends this process of several. An ordinary end would wait for the others, alive to them, for five minutes."""
+    if isinstance(error, ValueError) and str(error).startswith(("config.", "--")):
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _check_alone(known: dict, workdir: pathlib.Path) -> Report:

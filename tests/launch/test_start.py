@@ -40,3 +40,11 @@ def test_mesh_that_does_not_fit_is_told_before_anything_is_written(start, tmp_pa
     assert "mesh" in text
     assert "there are 8" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_process_that_fails_ends_at_once_and_the_others_after_the_heartbeat(start, tmp_path):
+    flags = ["--config=tests/launch/nano.py", f"--workdir={tmp_path}", "--heartbeat_timeout_s=10"]
+    (waiting, _), (failed, text) = start(2, ["tests/launch/run_failing.py", *flags], timeout_s=150)
+    assert failed == 1
+    assert "the disk of this process is full" in text
+    assert waiting not in (0, -9)  # it ended by itself, and not as if all were well
