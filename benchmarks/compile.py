@@ -19,7 +19,7 @@ def measure(name: str, *, compile_it: bool) -> tuple[str, ...]:
     shapes = train.batch_shapes(config, run.modalities)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
+        boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
         state, batch = train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh)
         step = train_state.jit_step(run.step, boxed, mesh)
         start = time.perf_counter()

@@ -44,7 +44,7 @@ def save(config, workdir: pathlib.Path, teacher_only: bool) -> int:
     """Writes the checkpoint; the number of parameters."""
     run = assembly.assemble(config)
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, expert=1)
-    boxed = boxed_state(run.student, run.optimizer, assembly.batch_shapes(config, run.modalities))
+    boxed = boxed_state(run.network, run.optimizer, assembly.batch_shapes(config, run.modalities))
     shapes, rng = abstract_state(boxed, mesh), np.random.default_rng(0)
     shapes = {"teacher": shapes.teacher} if teacher_only else dict(vars(shapes))
 

@@ -102,7 +102,7 @@ class Probe:
 
     def __init__(self, config: ConfigDict):
         self._rows = modalities.select(config.data.modalities, config.data.new_modalities)
-        self._model = skysense.build(self._rows, **config.model, **config.efficiency, drop_path=False)
+        self._model = skysense.build(self._rows, **config.model, **config.efficiency)
         self._shapes = dry_run.batch_shapes(
             self._rows,
             batch_size=config.data.batch_size,

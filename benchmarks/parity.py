@@ -206,7 +206,7 @@ def build(config: str, merging: str):
     of_config.model.compute_dtype = "float32"
     of_config.model.backbone.merging = merging
     rows = modalities_lib.select(of_config.data.modalities)
-    return skysense.build(rows, **of_config.model, drop_path=False), rows, of_config.model
+    return skysense.build(rows, **of_config.model), rows, of_config.model
 
 
 def run_case(case: Case, seed: int = 0) -> Difference:

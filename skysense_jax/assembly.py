@@ -25,15 +25,14 @@ class Run:
 
     Attributes:
       modalities: rows in the config's order.
-      student, teacher: the same network, with and without drop path.
+      network: of student and teacher alike.
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
       step: (state, batch) -> (state, metrics), not yet jitted.
     """
 
     modalities: tuple[modalities.Modality, ...]
-    student: skysense.SkySense
-    teacher: skysense.SkySense
+    network: skysense.SkySense
     optimizer: Any
     schedules: train_step.Schedules
     step: Any
@@ -42,7 +41,7 @@ class Run:
 def assemble(config: ConfigDict) -> Run:
     """The parts of a run, from its config."""
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    student, teacher = (skysense.build(rows, **config.model, **config.efficiency, drop_path=d) for d in (True, False))
+    network = skysense.build(rows, **config.model, **config.efficiency)
     objective = config.objective
     schedules = train_step.Schedules(
         learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),
@@ -64,8 +63,7 @@ def assemble(config: ConfigDict) -> Run:
     if objective.weights.text_alignment > 0:
         text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
     step = train_step.make_train_step(
-        student,
-        teacher,
+        network,
         optimizer,
         modalities=rows,
         objective=train_step.Objective(
@@ -81,7 +79,7 @@ def assemble(config: ConfigDict) -> Run:
         photometric_strength=config.data.photometric_strength,
         microbatches=config.parts.microbatches,
     )
-    return Run(rows, student, teacher, optimizer, schedules, step)
+    return Run(rows, network, optimizer, schedules, step)
 
 
 def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:

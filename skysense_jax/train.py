@@ -152,7 +152,7 @@ def train(
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- start or resume
-        boxed = boxed_state(run.student, run.optimizer, shapes)
+        boxed = boxed_state(run.network, run.optimizer, shapes)
         if whole := sharding.undivided(boxed.student, mesh):
             logging.warning("config.mesh does not divide %d parameters, whole on every device: %s", len(whole), whole)
         checkpoints = checkpoint.Checkpoints(
@@ -168,7 +168,7 @@ def train(
         source = iter(pipeline)
         stack.callback(source.close)
         if restored is None:
-            start, state = 0, create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+            start, state = 0, create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
         else:
             start, state = restored.step, restored.state
             source.set_state(restored.data_state)
@@ -224,7 +224,7 @@ def train(
         write_pictures(config, run, pipeline, state.teacher, element or next(source), workdir)
         networks = {"teacher": state.teacher}
         if config.eval.probe_untrained:
-            fresh = create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+            fresh = create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
             networks["untrained"] = fresh.teacher
         scores = probe(config, run, networks)
         if jax.process_index() == 0 and scores:
@@ -246,7 +246,7 @@ def write_pictures(
     """
     paths = pictures.write_all(
         workdir / "pictures",
-        model=run.teacher,
+        model=run.network,
         params=params,
         modalities=run.modalities,
         samples=_picture_samples(config, run, pipeline),
@@ -283,7 +283,7 @@ def probe(config: ConfigDict, run: Run, networks: Mapping[str, Any]) -> dict[str
     held_out = probes.held_out_scenes(run.modalities, **_held_out(config), **which)
     scores = {}
     for name, params in networks.items():
-        found = probes.probe_scenes(run.teacher, params, run.modalities, held_out, **_encoding(config))
+        found = probes.probe_scenes(run.network, params, run.modalities, held_out, **_encoding(config))
         scores[name] = {key: value if np.isfinite(value) else None for key, value in found.items()}
         points = "  ".join(f"{key} {100 * value:.1f}" for key, value in found.items())
         logging.info("linear probe on held-out scenes, %s: %s", name, points)
@@ -307,7 +307,7 @@ def print_dry_run(config: ConfigDict) -> None:
     config_lib.validate(config, num_devices=jax.device_count())
     run = assemble(config)
     shapes = batch_shapes(config, run.modalities)
-    boxed = boxed_state(run.student, run.optimizer, shapes)
+    boxed = boxed_state(run.network, run.optimizer, shapes)
     print(config_lib.flat_text(config))
     print(dry_run.parameter_text(parameters.parameters_per_part(sharding.unbox(boxed.student))))
     print(

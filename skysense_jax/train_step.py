@@ -223,8 +223,7 @@ def _with_counts(sums, counts):
 
 
 def make_train_step(
-    student_model: SkySense,
-    teacher_model: SkySense,
+    network: SkySense,
     optimizer: optax.GradientTransformation,
     *,
     modalities: tuple[Modality, ...],
@@ -245,17 +244,17 @@ def make_train_step(
         inputs = prepare_inputs(
             batch,
             modalities,
-            student_model,
+            network,
             key=named_key(key, "inputs"),
             strength=photometric_strength,
             num_positions=objective.mgcl["num_positions"],
         )
         temperature = schedules.teacher_temperature(state.step)
         # fp32; each layer casts what it multiplies. An average stored in bf16 would stand still.
-        teacher = Side(teacher_model, state.teacher, drops=False)
+        teacher = Side(network, state.teacher, drops=False)
         seen = parts.each(lambda part: teacher_sees(teacher, part, objective), inputs, parts=microbatches)
         targets = teacher_targets(teacher, seen, objective, temperature=temperature)
-        student_of = lambda params: Side(student_model, params, drops=True)  # noqa: E731
+        student_of = lambda params: Side(network, params, drops=True)  # noqa: E731
         loss, sums, gradient = student_gradient(
             student_of, state.student, inputs, targets, objective, microbatches=microbatches
         )

@@ -60,13 +60,13 @@ class Compiled:
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         self.shapes = assembly.batch_shapes(config, self.run.modalities)
         with jax.set_mesh(self.mesh):
-            boxed = train_state.boxed_state(self.run.student, self.run.optimizer, self.shapes)
+            boxed = train_state.boxed_state(self.run.network, self.run.optimizer, self.shapes)
             self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
 
     def state(self):
         with jax.set_mesh(self.mesh):
             return train_state.create_state(
-                self.run.student, self.run.optimizer, self.shapes, seed=self.config.optim.seed, mesh=self.mesh
+                self.run.network, self.run.optimizer, self.shapes, seed=self.config.optim.seed, mesh=self.mesh
             )
 
     def __call__(self, state, element):

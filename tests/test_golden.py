@@ -89,7 +89,7 @@ def _boxed_student(name):
     """Boxed shapes of a named config's student."""
     config = config_lib.load(ROOT / "configs" / f"{name}.py")
     run = assembly.assemble(config)
-    return train_state.boxed_state(run.student, run.optimizer, assembly.batch_shapes(config, run.modalities)).student
+    return train_state.boxed_state(run.network, run.optimizer, assembly.batch_shapes(config, run.modalities)).student
 
 
 @pytest.mark.parametrize(

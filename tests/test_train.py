@@ -226,7 +226,7 @@ def _first_state(config):
     run, mesh = train.assemble(config), train.sharding.make_mesh(**config.mesh)
     shapes = train.batch_shapes(config, run.modalities)
     with jax.set_mesh(mesh):
-        return train.create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+        return train.create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
 
 
 def test_source_whose_records_all_lie_is_refused_before_the_first_step(tmp_path, monkeypatch):

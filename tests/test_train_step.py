@@ -118,7 +118,7 @@ def test_step_without_a_term_does_not_report_it(fields, gone):
         config.objective[section][name] = value
     without = Compiled(config, jax.devices()[:1])
     with jax.set_mesh(without.mesh):
-        state = train_state.boxed_state(without.run.student, without.run.optimizer, without.shapes)
+        state = train_state.boxed_state(without.run.network, without.run.optimizer, without.shapes)
         _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes)
     assert "loss" in metrics
     assert gone not in metrics
@@ -210,12 +210,12 @@ def test_absent_modality_equals_one_that_was_never_there(element):
     config = micro_config()
     run = train.assemble(config)
     batch = train.Batch.from_dict(jax.tree.map(jnp.asarray, element))
-    variables = jax.jit(lambda: run.teacher.init(jax.random.key(0), batch, train=False))()
+    variables = jax.jit(lambda: run.network.init(jax.random.key(0), batch, train=False))()
     params = sharding.unbox(variables["params"])
     views = batch.global_views
 
     def fused(images, present):
-        return run.teacher.apply(
+        return run.network.apply(
             {"params": params},
             images,
             views,

@@ -45,7 +45,7 @@ def export(
     config = config_lib.unflatten(checkpoint.read_meta(workdir, step=step)["config"])
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     try:
-        model = skysense.build(rows, **config.model, drop_path=False)
+        model = skysense.build(rows, **config.model)
     except TypeError as error:
         raise ValueError(
             f"--workdir: the run's config.model is not that of skysense_jax {__version__}: {error}"

@@ -238,13 +238,13 @@ def initialise(
         taken = from_swin(swin, config=config, rows=run.modalities)
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1, devices=jax.devices()[:1])
     shapes = assembly.batch_shapes(config, run.modalities)
-    boxed = boxed_state(run.student, run.optimizer, shapes)
+    boxed = boxed_state(run.network, run.optimizer, shapes)
     taken = fitting(named_leaves(sharding.unbox(boxed.student)), taken)
     hidden = workdir.parent / f".{workdir.name}.incomplete"
     shutil.rmtree(hidden, ignore_errors=True)  # of one that was killed
     hidden.mkdir(parents=True)
     with jax.set_mesh(mesh):
-        state = create_state(run.student, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+        state = create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
         filled = fill(state.student, taken)
         checkpoints = checkpoint.Checkpoints(hidden, every_steps=1, keep_last=1, keep_every_steps=1)
         state = state.replace(student=filled, teacher=filled)

@@ -1,6 +1,6 @@
 """The whole network: unified backbone, fusion, query decoder and the heads that objectives read.
 
-Student and teacher are the same module with different parameters (the teacher is built without drop path).
+Student and teacher are the same module with different parameters; drop path is on where its draws are given.
 ``encode`` turns the views of one shape into features; the heads are methods, a step projects what it needs.
 Next: backbone.py, fusion.py, queries.py, heads.py; train_step.py uses all of it.
 """
@@ -171,14 +171,10 @@ def build(
     remat: str = "none",
     scan_unroll: int = 1,
     attention: str = "xla",
-    drop_path: bool = True,
 ) -> SkySense:
-    """The network of a config's ``model`` and ``efficiency`` sections; ``drop_path=False`` builds the teacher."""
+    """The network of a config's ``model`` and ``efficiency`` sections."""
     common = dict(compute_dtype=jnp.dtype(compute_dtype))
     scanned = dict(remat=remat, scan_unroll=scan_unroll, attention=attention, **common)
-    backbone, fusion = dict(backbone), dict(fusion)
-    if not drop_path:
-        backbone["drop_path"] = fusion["drop_path"] = 0.0
     return SkySense(
         backbone=Backbone(modalities=modalities, **backbone, **scanned),
         fusion=Fusion(modalities=tuple(m.name for m in modalities), **fusion, **scanned),

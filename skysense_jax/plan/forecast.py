@@ -127,7 +127,7 @@ def compile_step(config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda
     start = time.monotonic()
     stage = lambda name: say(f"{name} after {time.monotonic() - start:.0f} s")  # noqa: E731
     with jax.set_mesh(mesh):
-        boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
+        boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
         step = train_state.jit_step(run.step, boxed, mesh)
         traced = step.trace(train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh))
         stage("traced")

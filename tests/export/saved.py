@@ -40,7 +40,7 @@ def save_run(workdir: pathlib.Path) -> None:
     run = assembly.assemble(config)
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1, expert=1, devices=jax.devices()[:2])
     shapes = abstract_state(
-        boxed_state(run.student, run.optimizer, assembly.batch_shapes(config, run.modalities)), mesh
+        boxed_state(run.network, run.optimizer, assembly.batch_shapes(config, run.modalities)), mesh
     )
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(workdir, every_steps=1, keep_last=3, keep_every_steps=100)

@@ -24,7 +24,7 @@ def test_state_of_a_device_is_its_share_of_the_arrays(planned):
     config, _, mesh, found = planned
     run = assembly.assemble(config)
     shapes = assembly.batch_shapes(config, run.modalities)
-    boxed = train_state.boxed_state(run.student, run.optimizer, shapes)
+    boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
     wanted = sum(
         leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
         for leaf in jax.tree.leaves(train_state.abstract_state(boxed, mesh))
