@@ -121,8 +121,10 @@ def sweep(config: ConfigDict, target: targets.Target) -> str:
     return "\n".join([*lines, f"recommended: {chosen.candidate}"])
 
 
-def plan(config: ConfigDict, target: targets.Target, out: pathlib.Path | None = None) -> None:
-    """Prints the plan, and keeps it in ``out``.
+def plan(
+    config: ConfigDict, target: targets.Target, *, out: pathlib.Path | None = None, full_effort: bool = False
+) -> None:
+    """Prints the plan, and keeps it in ``out``; ``full_effort`` as in ``forecast.compile_step``.
 
     Raises:
       ValueError: the config or the target is wrong, or the step does not fit.
@@ -131,7 +133,7 @@ def plan(config: ConfigDict, target: targets.Target, out: pathlib.Path | None = 
     if target.remark:
         print(target.remark)
     mesh = forecast_lib.make_mesh(target, dict(config.mesh))
-    forecast = forecast_lib.compile_step(config, mesh, say=_say)
+    forecast = forecast_lib.compile_step(config, mesh, say=_say, full_effort=full_effort)
     text = report(config, target, forecast)
     print(text)
     if out is not None:
@@ -152,7 +154,8 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS.sweep:
             print(sweep(flags.FLAGS.config, target))
         else:
-            plan(flags.FLAGS.config, target, pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None)
+            out = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+            plan(flags.FLAGS.config, target, out=out, full_effort=flags.FLAGS.full_effort)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -161,6 +164,7 @@ if __name__ == "__main__":  # flags are global: a test that imports this and tra
     config_lib.define_flag()
     flags.DEFINE_string("target", None, "kind and number of chips, e.g. v5p:64, or a cloud's name: v5p-128")
     flags.DEFINE_bool("sweep", False, "compile several meshes and ways of recomputing, and recommend one")
+    flags.DEFINE_bool("full_effort", False, "compile as for a run: four times as long, a little less memory")
     flags.DEFINE_string("out", None, "file that keeps the plan's text")
     flags.mark_flags_as_required(("config", "target"))
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -116,8 +116,13 @@ def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
     return sharding.make_mesh(**sizes, devices=devices)
 
 
-def compile_step(config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda text: None) -> Forecast:
+def compile_step(
+    config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda text: None, full_effort: bool = False
+) -> Forecast:
     """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated. ``say`` hears how far it is.
+
+    Without ``full_effort`` a TPU's compiler does not search for the best tiles, which takes it a quarter of the time (a
+    block of ``huge``: 12 s for 52) and gives a little more memory (1.39 GiB for 1.27).
 
     Raises:
       ValueError: the compiler found no way to fit the step into the target's memory.
@@ -133,9 +138,11 @@ def compile_step(config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda
         stage("traced")
         lowered = traced.lower()
         stage("lowered")
-        platform = mesh.devices.flat[0].platform
+        options: dict[str, Any] = dict(_GPU_OPTIONS) if mesh.devices.flat[0].platform == "cuda" else {}
+        if not full_effort:
+            options["exec_time_optimization_effort"] = -1.0
         try:
-            compiled = lowered.compile(_GPU_OPTIONS if platform == "cuda" else None)
+            compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

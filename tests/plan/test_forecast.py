@@ -72,7 +72,7 @@ def test_exchange_that_leaves_the_host_takes_the_network_however_small_its_group
 def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):
     config, target, mesh, found = planned
     monkeypatch.setattr(forecast, "make_mesh", lambda *_: mesh)
-    monkeypatch.setattr(forecast, "compile_step", lambda *_: found)
+    monkeypatch.setattr(forecast, "compile_step", lambda *_, **__: found)
     command.plan(config, target)
     assert "predicted" in capsys.readouterr().out
     monkeypatch.setattr(command, "_FULL", found.peak_bytes / target.chip.memory_bytes / 2)
