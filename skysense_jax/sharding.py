@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen import spmd
@@ -91,12 +92,12 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return constrain(x, BATCH, *(ACTIVATION,) * (x.ndim - 1))
 
 
-def gathered(weight: jax.Array, *axes: str) -> jax.Array:
+def gathered(weight: jax.Array | np.ndarray, *axes: str) -> jax.Array:
     """``weight``, of these logical axes, whole along ``EMBED``: what a matrix product of sharded samples needs.
 
     Called on what was cast to the compute dtype: left to itself the compiler gathers the fp32 master, twice the bytes.
     """
-    return constrain(weight, *(ACTIVATION if axis in (EMBED, UNSHARDED) else axis for axis in axes))
+    return constrain(jnp.asarray(weight), *(ACTIVATION if axis in (EMBED, UNSHARDED) else axis for axis in axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

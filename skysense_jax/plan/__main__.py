@@ -1,11 +1,12 @@
 """Does a run fit a target, and how long does it take: ``python -m skysense_jax.plan --config=FILE --target=v5p:64``.
 
 No accelerator is needed, only its compiler. Ends with 1 and the reason if the step does not fit. ``--sweep`` compiles
-several meshes and ways of recomputing instead and recommends one; ``--out=FILE`` keeps the text.
+several meshes and ways of recomputing instead and recommends one. Plans are kept in docs/plans; how far it is goes to
+stderr.
 """
 
 import importlib.metadata
-import pathlib
+import shlex
 import sys
 
 import jax
@@ -121,10 +122,8 @@ def sweep(config: ConfigDict, target: targets.Target) -> str:
     return "\n".join([*lines, f"recommended: {chosen.candidate}"])
 
 
-def plan(
-    config: ConfigDict, target: targets.Target, *, out: pathlib.Path | None = None, full_effort: bool = False
-) -> None:
-    """Prints the plan, and keeps it in ``out``; ``full_effort`` as in ``forecast.compile_step``.
+def plan(config: ConfigDict, target: targets.Target, *, full_effort: bool = False) -> None:
+    """Prints the plan; ``full_effort`` as in ``forecast.compile_step``.
 
     Raises:
       ValueError: the config or the target is wrong, or the step does not fit.
@@ -134,10 +133,7 @@ def plan(
         print(target.remark)
     mesh = forecast_lib.make_mesh(target, dict(config.mesh))
     forecast = forecast_lib.compile_step(config, mesh, say=_say, full_effort=full_effort)
-    text = report(config, target, forecast)
-    print(text)
-    if out is not None:
-        out.write_text(text + "\n")
+    print(report(config, target, forecast))
     share = forecast.peak_bytes / target.chip.memory_bytes
     if share > _FULL:
         raise ValueError(f"does not fit: {share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}")
@@ -151,11 +147,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         target = targets.parse(flags.FLAGS.target)
+        print("$ python -m skysense_jax.plan", shlex.join(sys.argv[1:]), flush=True)  # so a kept plan can be made again
         if flags.FLAGS.sweep:
             print(sweep(flags.FLAGS.config, target))
         else:
-            out = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
-            plan(flags.FLAGS.config, target, out=out, full_effort=flags.FLAGS.full_effort)
+            plan(flags.FLAGS.config, target, full_effort=flags.FLAGS.full_effort)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -165,6 +161,5 @@ if __name__ == "__main__":  # flags are global: a test that imports this and tra
     flags.DEFINE_string("target", None, "kind and number of chips, e.g. v5p:64, or a cloud's name: v5p-128")
     flags.DEFINE_bool("sweep", False, "compile several meshes and ways of recomputing, and recommend one")
     flags.DEFINE_bool("full_effort", False, "compile as for a run: four times as long, a little less memory")
-    flags.DEFINE_string("out", None, "file that keeps the plan's text")
     flags.mark_flags_as_required(("config", "target"))
     app.run(main, flags_parser=config_lib.parse_flags)

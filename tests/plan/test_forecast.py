@@ -76,7 +76,7 @@ def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch,
     command.plan(config, target)
     assert "predicted" in capsys.readouterr().out
     monkeypatch.setattr(command, "_FULL", found.peak_bytes / target.chip.memory_bytes / 2)
-    with pytest.raises(ValueError, match=r"does not fit: .* try more chips; config.mesh.fsdp larger"):
+    with pytest.raises(ValueError, match=r"does not fit: .* try config.parts.logits or .*; config.mesh.fsdp larger"):
         command.plan(config, target)
 
 
