@@ -89,7 +89,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def sweep(config: ConfigDict, target: targets.Target) -> str:
+def sweep(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> str:
     """The table of all candidates, and the one recommended; each row is said as it is there.
 
     Raises:
@@ -111,7 +111,7 @@ def sweep(config: ConfigDict, target: targets.Target) -> str:
         try:
             config_lib.validate(tried, num_devices=target.num_chips)
             mesh = forecast_lib.make_mesh(target, dict(tried.mesh))
-            outcomes.append(sweep_lib.Outcome(candidate, forecast_lib.compile_step(tried, mesh, say=_say)))
+            outcomes.append(sweep_lib.Outcome(candidate, forecast_lib.compile_step(tried, mesh, say=_say, quick=quick)))
         except ValueError as error:
             outcomes.append(sweep_lib.Outcome(candidate, None, str(error)))
         lines.append(outcomes[-1].row(target))
@@ -122,8 +122,8 @@ def sweep(config: ConfigDict, target: targets.Target) -> str:
     return "\n".join([*lines, f"recommended: {chosen.candidate}"])
 
 
-def plan(config: ConfigDict, target: targets.Target, *, full_effort: bool = False) -> None:
-    """Prints the plan; ``full_effort`` as in ``forecast.compile_step``.
+def plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> None:
+    """Prints the plan; ``quick`` as in ``forecast.compile_step``.
 
     Raises:
       ValueError: the config or the target is wrong, or the step does not fit.
@@ -132,8 +132,10 @@ def plan(config: ConfigDict, target: targets.Target, *, full_effort: bool = Fals
     if target.remark:
         print(target.remark)
     mesh = forecast_lib.make_mesh(target, dict(config.mesh))
-    forecast = forecast_lib.compile_step(config, mesh, say=_say, full_effort=full_effort)
+    forecast = forecast_lib.compile_step(config, mesh, say=_say, quick=quick)
     print(report(config, target, forecast))
+    if quick:
+        print("compiled quickly: memory is near and above, traffic, exchanges and seconds are higher than a run's")
     share = forecast.peak_bytes / target.chip.memory_bytes
     if share > _FULL:
         raise ValueError(f"does not fit: {share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}")
@@ -149,9 +151,9 @@ def main(argv: list[str]) -> None:
         target = targets.parse(flags.FLAGS.target)
         print("$ python -m skysense_jax.plan", shlex.join(sys.argv[1:]), flush=True)  # so a kept plan can be made again
         if flags.FLAGS.sweep:
-            print(sweep(flags.FLAGS.config, target))
+            print(sweep(flags.FLAGS.config, target, quick=flags.FLAGS.quick))
         else:
-            plan(flags.FLAGS.config, target, full_effort=flags.FLAGS.full_effort)
+            plan(flags.FLAGS.config, target, quick=flags.FLAGS.quick)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -160,6 +162,6 @@ if __name__ == "__main__":  # flags are global: a test that imports this and tra
     config_lib.define_flag()
     flags.DEFINE_string("target", None, "kind and number of chips, e.g. v5p:64, or a cloud's name: v5p-128")
     flags.DEFINE_bool("sweep", False, "compile several meshes and ways of recomputing, and recommend one")
-    flags.DEFINE_bool("full_effort", False, "compile as for a run: four times as long, a little less memory")
+    flags.DEFINE_bool("quick", False, "only to see whether it fits: a quarter of the time, traffic and times too high")
     flags.mark_flags_as_required(("config", "target"))
     app.run(main, flags_parser=config_lib.parse_flags)

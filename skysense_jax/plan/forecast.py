@@ -117,12 +117,12 @@ def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
 
 
 def compile_step(
-    config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda text: None, full_effort: bool = False
+    config: Any, mesh: Mesh, *, say: Callable[[str], None] = lambda text: None, quick: bool = False
 ) -> Forecast:
     """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated. ``say`` hears how far it is.
 
-    Without ``full_effort`` a TPU's compiler does not search for the best tiles, which takes it a quarter of the time (a
-    block of ``huge``: 12 s for 52) and gives a little more memory (1.39 GiB for 1.27).
+    ``quick``: a TPU's compiler leaves out the search for tiles and more. A block of ``huge`` takes 12 s for 52 and 1.39
+    GiB for 1.27, so memory is near and above; traffic and exchanges are not a run's (`tiny`: twice and four times).
 
     Raises:
       ValueError: the compiler found no way to fit the step into the target's memory.
@@ -139,7 +139,7 @@ def compile_step(
         lowered = traced.lower()
         stage("lowered")
         options: dict[str, Any] = dict(_GPU_OPTIONS) if mesh.devices.flat[0].platform == "cuda" else {}
-        if not full_effort:
+        if quick:
             options["exec_time_optimization_effort"] = -1.0
         try:
             compiled = lowered.compile(options)

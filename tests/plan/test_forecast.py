@@ -17,7 +17,7 @@ def planned():
     config, target = micro_config(), targets.parse("v5e:4")
     config.mesh.update(data=2, fsdp=2)
     mesh = forecast.make_mesh(target, dict(config.mesh))
-    return config, target, mesh, forecast.compile_step(config, mesh)
+    return config, target, mesh, forecast.compile_step(config, mesh, quick=True)
 
 
 def test_state_of_a_device_is_its_share_of_the_arrays(planned):

@@ -47,7 +47,7 @@ def test_command_tries_all_and_recommends_one_or_says_why_none_fits(monkeypatch)
     config, target = micro_config(), targets.parse("v5e:4")
     tried = []
 
-    def compile_step(config, mesh, say):
+    def compile_step(config, mesh, say, quick):
         tried.append((dict(mesh.shape), config.efficiency.remat, config.parts.logits))
         if config.efficiency.remat == "none":
             raise ValueError("does not fit: 20 GiB")
