@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import dry_run, modalities, optim, train_step
+from skysense_jax import cost, dry_run, modalities, optim, train_step
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data.text import load_text_table
@@ -91,6 +91,12 @@ def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def batch_flops(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> float:
+    """FLOPs of the model in a step over the whole batch, by formula and without recomputation."""
+    teacher_local = config.objective.weights.qsacl > 0
+    return cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
 
 
 def batch_shapes(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> Batch:

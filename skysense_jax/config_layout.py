@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-_BATCH_AXES = ("data", "fsdp", "expert")  # that samples lie on: sharding.BATCH
+from skysense_jax import sharding
+
+_BATCH_AXES = dict(sharding.LOGICAL_AXIS_RULES)[sharding.BATCH]  # that samples lie on
 
 
 def layout_problems(config: ConfigDict, num_devices: int | None) -> Iterator[str]:

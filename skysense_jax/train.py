@@ -17,9 +17,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import checkpoint, cost, dry_run, measure, metrics, modalities, parameters, profiling, sharding
+from skysense_jax import checkpoint, dry_run, measure, metrics, parameters, profiling, sharding
 from skysense_jax import config as config_lib
-from skysense_jax.assembly import Run, assemble, batch_shapes, make_pipeline
+from skysense_jax.assembly import Run, assemble, batch_flops, batch_shapes, make_pipeline
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data import scenes
@@ -49,9 +49,9 @@ class _Monitor:
       clock: takes the time of the steps.
     """
 
-    def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers):
+    def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers, *, flops: float):
         self._run, self._num_steps = config.run, config.optim.num_steps
-        self.clock = measure.StepClock(**_work(config), devices=jax.devices())
+        self.clock = measure.StepClock(batch_size=config.data.batch_size, batch_flops=flops, devices=jax.devices())
         self._notes: tuple[int, dict[str, float]] = (0, {})
         self._pipeline, self._writers = pipeline, writers
         self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(config.optim.num_steps)
@@ -108,14 +108,6 @@ class _Monitor:
                 f"{self._bad_records} of {self._records} records could not be read "
                 f"(config.run.max_bad_record_share={self._run.max_bad_record_share}); the log names them"
             )
-
-
-def _work(config: ConfigDict) -> dict[str, Any]:
-    """What a step of a run does: samples, and FLOPs by formula."""
-    rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    teacher_local = config.objective.weights.qsacl > 0
-    flops = cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
-    return dict(batch_size=config.data.batch_size, batch_flops=flops)
 
 
 def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
@@ -190,7 +182,7 @@ def train(
         stack.callback(writers.close)
         (workdir / "config.txt").write_text(config_lib.flat_text(config))
         meta = {"config": config_lib.flat_text(config)}
-        monitor = _Monitor(config, pipeline, writers)
+        monitor = _Monitor(config, pipeline, writers, flops=batch_flops(config, run.modalities))
         profiler = profiling.Profiler(
             profiled, workdir, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )

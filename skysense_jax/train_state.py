@@ -37,7 +37,7 @@ class TrainState:
 
 def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, seed: int) -> TrainState:
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-    params_key, _ = jax.random.split(jax.random.key(seed))
+    params_key, _ = jax.random.split(jax.random.key(seed))  # the first of two: so a seed means what it always did
     student = model.init(params_key, zeros, train=False)["params"]
     counter = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     return TrainState(

@@ -37,13 +37,13 @@ def micro_config() -> ConfigDict:
     return config
 
 
-def nano_config() -> ConfigDict:
+def mono_config() -> ConfigDict:
     """``micro`` with one modality, one group of images and four experts: its step compiles in a third of the time.
 
     Temperatures are those at which a loss does not make twenty times of rounding.
     """
     config = micro_config()
-    config.name = "nano"
+    config.name = "mono"
     config.data.update(modalities=("s1",), num_dates=dict(s1=2))
     config.model.backbone.num_experts = 4
     config.model.fusion.depth = 1

@@ -40,7 +40,7 @@ ALLOWED = {
     "profiling": {"trace"},
     "checkpoint": {"trees"},
     "optim": {"trees"},
-    "config_layout": set(),
+    "config_layout": {"sharding"},
     "config_checks": {"config_layout", "modalities", "data"},  # data/text: the table that a config names
     "config": {"config_checks"},
     "eval": {"batch", "data", "metrics", "modalities", "models", "photometric", "sharding"},
@@ -52,10 +52,10 @@ ALLOWED = {
     "sides": {"batch", "losses", "modalities", "models", "photometric"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
     "ingest": {"data", "modalities"},
-    "assembly": {"batch", "config", "data", "dry_run", "modalities", "models", "optim", "train_step"},
+    "assembly": {"batch", "config", "cost", "data", "dry_run", "modalities", "models", "optim", "train_step"},
     "launch": {"config", "sharding"},
     "preflight": {"config", "launch"},
-    "plan": {"assembly", "chips", "config", "cost", "dry_run", "sharding", "train_state"},
+    "plan": {"assembly", "chips", "config", "dry_run", "modalities", "sharding", "train_state"},
     "export": {
         "assembly",
         "checkpoint",

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from micro import Compiled, nano_config
+from micro import Compiled, mono_config
 
 from skysense_jax import sharding, train
 
@@ -18,7 +18,7 @@ LAYOUTS = [
 
 def _step(layout, parts, element):
     """Metrics and Adam's first moments after one step: from zero, the clipped gradient times 1 - beta1."""
-    config = nano_config()
+    config = mono_config()
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout)))
     config.parts.update(microbatches=parts[0], logits=parts[1])
     step = Compiled(config, jax.devices()[: np.prod(layout)])
@@ -29,7 +29,7 @@ def _step(layout, parts, element):
 
 @pytest.fixture(scope="module")
 def element():
-    return next(iter(train.make_pipeline(nano_config())))
+    return next(iter(train.make_pipeline(mono_config())))
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,7 @@ class _Pipeline(train.pipeline_lib.Pipeline):
 def _monitor(**fields):
     config = micro_config()
     config.run.update(fields)
-    return train._Monitor(config, _Pipeline(), metrics.Writers([]))
+    return train._Monitor(config, _Pipeline(), metrics.Writers([]), flops=1e9)
 
 
 @pytest.mark.parametrize(("every", "written_with"), [(1, [4]), (3, [6])])
@@ -282,7 +282,7 @@ def test_notes_are_written_once_and_not_before_their_step(every, written_with):
 
     config, sink = micro_config(), Sink()
     config.run.log_every_steps = every
-    monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]))
+    monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]), flops=1e9)
     numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, {"bad_record": np.array([-1])}
     for step in range(1, 10):
         if step == 4:

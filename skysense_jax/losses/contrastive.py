@@ -3,7 +3,7 @@
 The teacher's distribution is balanced by Sinkhorn-Knopp over all rows of the global batch (DINOv2, arXiv 2304.07193);
 teacher targets carry no gradient. Every loss here returns a ``Term``, so that shards and microbatches add.
 Rows number in the thousands a sample and prototypes too, so logits are made for a part of the batch at a time
-(``config.efficiency.prototype_parts``), again in each pass over them, and never stand in memory for all of it.
+(``config.parts.logits``), again in each pass over them, and never stand in memory for all of it.
 Next: mgcl.py and qsacl.py, which say what the rows are.
 """
 

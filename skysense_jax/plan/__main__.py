@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import assembly, cost, dry_run
+from skysense_jax import assembly, dry_run, modalities
 from skysense_jax import config as config_lib
 from skysense_jax.chips import GIB
 from skysense_jax.plan import forecast as forecast_lib
@@ -29,18 +29,12 @@ _REMEDIES = (
 _PLANNED = ("mesh", "efficiency", "parts", "data", "model", "objective")
 
 
-def formula_flops(config: ConfigDict) -> float:
-    """FLOPs of the model in a step by cost.py, without recomputation, over all devices."""
-    rows = assembly.assemble(config).modalities
-    teacher_local = config.objective.weights.qsacl > 0
-    return cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
-
-
 def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast) -> str:
     """The table that the command prints."""
     chip, samples = target.chip, config.data.batch_size
-    model_flops = formula_flops(config) / target.num_chips
-    batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, assembly.assemble(config).modalities))
+    rows = modalities.select(config.data.modalities, config.data.new_modalities)
+    model_flops = assembly.batch_flops(config, rows) / target.num_chips
+    batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, rows))
     seconds, hosts = f.step_seconds(target), max(target.num_chips // chip.chips_per_host, 1)
     row = lambda name, number, remark="": f"  {name:<34}{number:>10}  {remark}".rstrip()  # noqa: E731
     gib = lambda num_bytes: f"{num_bytes / GIB:.2f}"  # noqa: E731
@@ -81,8 +75,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
 def _compilers(chip: targets.Chip) -> str:
     """Whose figures these are."""
     packages = ("jax", "libtpu" if chip.platform == "tpu" else "jax-cuda13-plugin")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return ", ".join(f"{name} {found.get(name, 'unknown')}" for name in packages)
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def _say(text: str) -> None:
@@ -96,13 +89,11 @@ def sweep(config: ConfigDict, target: targets.Target, *, quick: bool = False) ->
       ValueError: the config or the target is wrong, or no candidate fits.
     """
     backbone = config.model.backbone
-    remats = sweep_lib.REMATS
     outcomes, lines = [], [f"{config.name}, batch {config.data.batch_size}, on {target}"]
     for candidate in sweep_lib.candidates(
         target,
         num_experts=backbone.num_experts if backbone.num_moe_blocks else 0,
         batch_size=config.data.batch_size,
-        remats=remats,
     ):
         tried = config.copy_and_resolve_references()
         for field, value in candidate.overrides.items():

@@ -50,10 +50,10 @@ class Outcome:
         )
 
 
-def candidates(target: Target, *, num_experts: int, batch_size: int, remats: Sequence[str]) -> Iterator[Candidate]:
+def candidates(target: Target, *, num_experts: int, batch_size: int) -> Iterator[Candidate]:
     """Meshes that shard parameters over all chips of a slice, over a host, and for mixtures over the experts' axis too.
 
-    ``num_experts``: 0 without a mixture. Each mesh with each of ``remats``, prototype logits a sample at a time.
+    ``num_experts``: 0 without a mixture. Each mesh with each way of recomputing, prototype logits a sample at a time.
     """
     slice_size = target.chips_per_slice
     host = min(target.chip.chips_per_host, slice_size)
@@ -61,7 +61,7 @@ def candidates(target: Target, *, num_experts: int, batch_size: int, remats: Seq
         for expert in dict.fromkeys((1, math.gcd(num_experts, fsdp) if num_experts else 1)):
             mesh = {"mesh.data": target.num_chips // fsdp, "mesh.fsdp": fsdp // expert, "mesh.expert": expert}
             samples = batch_size // target.num_chips
-            for remat in remats:
+            for remat in REMATS:
                 yield Candidate(mesh | {"efficiency.remat": remat, "parts.logits": max(samples, 1)})
 
 

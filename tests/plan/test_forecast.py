@@ -50,7 +50,7 @@ def test_report_says_what_does_not_depend_on_rates(planned):
     assert "mesh: data 2, fsdp 2, tensor 1, expert 1" in text
     assert f"{found.flops / 1e12:.4f}" in text
     # micro's heads, which the formula leaves out, are as large as its backbone
-    assert found.flops * mesh.size > command.formula_flops(config)
+    assert found.flops * mesh.size > assembly.batch_flops(config, assembly.assemble(config).modalities)
 
 
 @pytest.mark.parametrize(
