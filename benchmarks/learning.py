@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from skysense_jax import checkpoint, dry_run, metrics, modalities, sharding
+from skysense_jax import assembly, checkpoint, dry_run, metrics, modalities, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval import probes
@@ -102,7 +102,7 @@ class Probe:
 
     def __init__(self, config: ConfigDict):
         self._rows = modalities.select(config.data.modalities, config.data.new_modalities)
-        self._model = skysense.build(self._rows, **config.model, **config.efficiency)
+        self._model = skysense.build(self._rows, **config.model, **assembly.efficiency(config))
         self._shapes = dry_run.batch_shapes(
             self._rows,
             batch_size=config.data.batch_size,

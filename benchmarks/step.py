@@ -18,7 +18,8 @@ from torch import nn
 from transformers.models.swinv2.configuration_swinv2 import Swinv2Config
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchMerging
 
-from skysense_jax import cost
+from benchmarks.timing import median_seconds
+from skysense_jax import assembly, cost
 from skysense_jax.modalities import select
 from skysense_jax.models.backbone import Backbone, group_modalities
 from skysense_jax.sharding import unbox
@@ -99,18 +100,6 @@ class TorchBackbone(nn.Module):
         return x.flatten(3).flatten(1, 2)
 
 
-def median_seconds(runs, repeats):
-    """Median wall-clock of each of ``runs``, taken in turns, after one call each that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        times.append([])
-        for run in runs:
-            start = time.perf_counter()
-            run()
-            times[-1].append(time.perf_counter() - start)
-    return np.median(times[1:], axis=0)
-
-
 def matmul_rates(dtype, size=2048, repeats=9):
     """Measured FLOP/s of a square matrix product in (XLA, PyTorch)."""
     x = jnp.ones((size, size), dtype)
@@ -151,7 +140,7 @@ def main():
         images[m.name] = rng.standard_normal((*lead, pixels, pixels, m.num_bands), np.float32)
         valid[m.name] = np.ones((*lead, *(cells * m.tokens_per_cell,) * 2), bool)
 
-    model = Backbone(modalities, **fields, **config.efficiency, compute_dtype=dtype)
+    model = Backbone(modalities, **fields, **assembly.efficiency(config), compute_dtype=dtype)
     params = jax.jit(lambda i, v: unbox(model.init(jax.random.key(0), i, v, train=False)))(images, valid)
 
     def loss(params, images):

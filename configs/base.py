@@ -49,7 +49,7 @@ def _efficiency() -> dict:
     return dict(
         remat="blocks",  # recomputed in the backward pass: "none", "matmuls" (all but matrix products), "blocks" (all)
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        attention="xla",  # of global blocks and fusion: "xla" or "cudnn" (16-bit types on NVIDIA GPUs; not run)
+        attention="auto",  # of global blocks and fusion: "xla", "cudnn" (bf16, NVIDIA GPUs; not run), "auto": by target
     )
 
 

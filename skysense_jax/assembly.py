@@ -7,10 +7,11 @@ import dataclasses
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import cost, dry_run, modalities, optim, train_step
+from skysense_jax import config_checks, cost, dry_run, modalities, optim, train_step
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data.text import load_text_table
@@ -38,10 +39,31 @@ class Run:
     step: Any
 
 
-def assemble(config: ConfigDict) -> Run:
-    """The parts of a run, from its config."""
+def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
+    """``config.efficiency`` as the networks take it: attention "auto" is "cudnn" on NVIDIA GPUs if it takes the config.
+
+    ``platform`` is that of the devices that the step is for ("cpu", "tpu", "gpu" or "cuda"), by default of those here.
+
+    Raises:
+      ValueError: an implementation that the platform has not.
+    """
+    platform, asked = platform or jax.default_backend(), config.efficiency.attention
+    nvidia = platform in ("gpu", "cuda")
+    if asked == "cudnn" and not nvidia:
+        raise ValueError(f"config.efficiency.attention: got 'cudnn' on {platform}; wanted 'auto' or 'xla' there")
+    chosen = asked
+    if asked == "auto":
+        problems = list(config_checks.cudnn_problems(config)) if nvidia else []
+        chosen = "cudnn" if nvidia and not problems else "xla"
+        if problems:
+            logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
+    return {**config.efficiency, "attention": chosen}
+
+
+def assemble(config: ConfigDict, platform: str | None = None) -> Run:
+    """The parts of a run, from its config; ``platform`` as in ``efficiency``."""
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    network = skysense.build(rows, **config.model, **config.efficiency)
+    network = skysense.build(rows, **config.model, **efficiency(config, platform))
     objective = config.objective
     schedules = train_step.Schedules(
         learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),

@@ -111,7 +111,7 @@ _RULES: Mapping[str, _Rule] = {
     "mesh.*": _MESH_SIZE,
     "efficiency.remat": _one_of("none", "matmuls", "blocks"),
     "efficiency.scan_unroll": _whole(1),
-    "efficiency.attention": _one_of("xla", "cudnn"),
+    "efficiency.attention": _one_of("auto", "xla", "cudnn"),
     "parts.*": _whole(1),
     "data.modalities": _NAMES,
     "data.new_modalities": _ROWS,
@@ -334,13 +334,8 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.model.backbone.experts_per_token: got {backbone.experts_per_token}; wanted at most num_experts, "
             f"{backbone.num_experts}"
         )
-    if config.efficiency.attention == "cudnn" and config.model.compute_dtype != "bfloat16":
-        yield (
-            f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
-            "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
-        )
     if config.efficiency.attention == "cudnn":
-        yield from _cudnn_problems(config)
+        yield from cudnn_problems(config)
     if backbone.head_width % 4:
         yield (
             f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "
@@ -348,8 +343,14 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
         )
 
 
-def _cudnn_problems(config: ConfigDict) -> Iterator[str]:
-    """What cuDNN's fused attention with a mask asks of shapes: heads of 8, 16, ... 128, sequences of even length."""
+def cudnn_problems(config: ConfigDict) -> Iterator[str]:
+    """What cuDNN's fused attention with a mask asks for and this config has not: bf16, heads of 8, 16, ... 128,
+    sequences of even length."""
+    if config.model.compute_dtype != "bfloat16":
+        yield (
+            f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
+            "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
+        )
     why = "with config.efficiency.attention 'cudnn', which trains on sequences of even length only"
     for name in ("backbone", "fusion"):
         if (width := config.model[name].head_width) % 8 or width > 128:

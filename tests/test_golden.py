@@ -57,7 +57,7 @@ def test_golden_configs_have_a_config():
 def test_parameter_table_is_as_last_read_and_every_array_has_a_place(name, matches_golden):
     config = config_lib.load(ROOT / "configs" / f"{name}.py")
     rows = modalities.select(config.data.modalities)
-    model = skysense.build(rows, **config.model, **config.efficiency)
+    model = skysense.build(rows, **config.model, **assembly.efficiency(config))
     batch = dry_run.batch_shapes(rows, batch_size=1, num_dates=config.data.num_dates, views=config.data.views)
     optimizer = optim.make_optimizer(
         learning_rate=lambda step: 1.0,

@@ -127,7 +127,7 @@ def compile_step(
     Raises:
       ValueError: the compiler found no way to fit the step into the target's memory.
     """
-    run = assembly.assemble(config)
+    run = assembly.assemble(config, mesh.devices.flat[0].platform)
     shapes = assembly.batch_shapes(config, run.modalities)
     start = time.monotonic()
     stage = lambda name: say(f"{name} after {time.monotonic() - start:.0f} s")  # noqa: E731

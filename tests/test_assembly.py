@@ -1,0 +1,33 @@
+"""What a config means on the devices that its step is for."""
+
+import logging
+
+import pytest
+
+from configs import base
+from skysense_jax import assembly
+
+
+@pytest.fixture
+def config():
+    return base.get_config()
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "xla"), ("tpu", "xla"), ("gpu", "cudnn"), ("cuda", "cudnn")])
+def test_efficiency_attention_follows_the_target(config, platform, chosen):
+    assert assembly.efficiency(config, platform) == {**config.efficiency, "attention": chosen}
+    config.efficiency.attention = "xla"
+    assert assembly.efficiency(config, platform)["attention"] == "xla"
+
+
+def test_efficiency_shapes_that_cudnn_cannot_train_on_fall_back_with_one_line(config, caplog):
+    config.data.num_dates.s2 = 7
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert assembly.efficiency(config, "cuda")["attention"] == "xla"
+    assert "num_dates: got 12" in caplog.text
+
+
+def test_efficiency_cudnn_elsewhere_is_refused(config):
+    config.efficiency.attention = "cudnn"
+    with pytest.raises(ValueError, match="attention: got 'cudnn' on tpu; wanted 'auto' or 'xla'"):
+        assembly.assemble(config, "tpu")
