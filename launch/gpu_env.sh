@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# Sourced before training on NVIDIA GPUs: settings that XLA and NCCL read at their start, each with its reason. What is
+# Sourced before training on NVIDIA GPUs: settings that jax and NCCL read at their start, each with its reason. What is
 # set already stays. None was measured by this project; try a run without each.
 
 # Three quarters of a GPU's memory is jax's default; a training step wants the rest too.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-# Gathers of parameters and sums of gradients run while other layers compute.
-export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 # Warnings name the network interface or GPU that is at fault.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -42,13 +42,13 @@ class Run:
 def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
     """``config.efficiency`` as the networks take it: attention "auto" is "cudnn" on NVIDIA GPUs if it takes the config.
 
-    ``platform`` is that of the devices that the step is for ("cpu", "tpu", "gpu" or "cuda"), by default of those here.
+    ``platform`` is that of the devices that the step is for ("cpu", "tpu", "gpu"), by default of those here.
 
     Raises:
       ValueError: an implementation that the platform has not.
     """
     platform, asked = platform or jax.default_backend(), config.efficiency.attention
-    nvidia = platform in ("gpu", "cuda")
+    nvidia = platform == "gpu"
     if asked == "cudnn" and not nvidia:
         raise ValueError(f"config.efficiency.attention: got 'cudnn' on {platform}; wanted 'auto' or 'xla' there")
     chosen = asked

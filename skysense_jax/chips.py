@@ -14,13 +14,15 @@ class Chip:
     """One kind of accelerator.
 
     Attributes:
-      platform: "tpu" or "cuda".
+      platform: what jax calls it, "tpu" or "gpu".
       memory_bytes: what a program may use of it, less than the label says.
       flops: bf16 multiply-adds a second, dense, as two operations each.
       memory_bandwidth: bytes a second, read and written.
       link_bandwidth: bytes a second that a chip sends to others of its slice (TPU: all links, one direction) or of its
         host (GPU: NVLink, one direction).
       network_bandwidth: bytes a second that a chip sends beyond its slice or host.
+      link_latency: seconds of a hop between neighbours over links; of every step of a ring on a host.
+      network_latency: the same beyond the slice or host.
       chips_per_host: of the usual machine.
       largest_slice: chips that are linked without the network.
       cores: TensorCores of a TPU (more than one: the cloud's own names count them), multiprocessors of a GPU.
@@ -36,6 +38,8 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
+    link_latency: float
+    network_latency: float
     chips_per_host: int
     largest_slice: int
     cores: int
@@ -46,16 +50,18 @@ class Chip:
 
 def _tpu(name, memory_gib, teraflops, bandwidth, link_gbits, largest, cores, dimensions, *kinds) -> Chip:
     source = f"Google Cloud TPU documentation, {name}; memory as its compiler states it"
-    # Links are quoted as both directions of all of them; 100 Gbit/s to the network for a host of four chips.
-    rates = teraflops * 1e12, bandwidth * GB, link_gbits / 16 * GB, 3.1 * GB
+    # Links are quoted as both directions of all of them; 100 Gbit/s to the network for a host of four chips. Latencies
+    # are orders of magnitude: "about a microsecond" a hop (Austin et al., How to Scale Your Model), ten on the network.
+    rates = teraflops * 1e12, bandwidth * GB, link_gbits / 16 * GB, 3.1 * GB, 1e-6, 1e-5
     return Chip(name, "tpu", int(memory_gib * GIB), *rates, 4, largest, cores, dimensions, source, kinds)
 
 
 def _gpu(name, memory_gib, teraflops, bandwidth, nvlink, cores, label, *kinds) -> Chip:
     source = f"NVIDIA data sheet of {label}; {memory_gib} GiB of it usable"
-    # NVLink is quoted as both directions; 400 Gbit/s of InfiniBand or RoCE a GPU, as in machines of eight.
-    rates = teraflops * 1e12, bandwidth * GB, nvlink / 2 * GB, 50 * GB
-    return Chip(name, "cuda", int(memory_gib * GIB), *rates, 8, 8, cores, 0, source, kinds)
+    # NVLink is quoted as both directions; 400 Gbit/s of InfiniBand or RoCE a GPU, as in machines of eight. Latencies
+    # of a ring's step are those that NCCL chooses algorithms by (src/graph/tuning.cc, protocol LL128).
+    rates = teraflops * 1e12, bandwidth * GB, nvlink / 2 * GB, 50 * GB, 1.9e-6, 4e-6
+    return Chip(name, "gpu", int(memory_gib * GIB), *rates, 8, 8, cores, 0, source, kinds)
 
 
 CHIPS: dict[str, Chip] = {

@@ -96,8 +96,20 @@ def gathered(weight: jax.Array | np.ndarray, *axes: str) -> jax.Array:
     """``weight``, of these logical axes, whole along ``EMBED``: what a matrix product of sharded samples needs.
 
     Called on what was cast to the compute dtype: left to itself the compiler gathers the fp32 master, twice the bytes.
+    Its gradient is divided as the weight was: left to itself a TPU's compiler adds up whole gradients on every device,
+    twice the bytes again, and nothing computes meanwhile.
     """
-    return constrain(jnp.asarray(weight), *(ACTIVATION if axis in (EMBED, UNSHARDED) else axis for axis in axes))
+    whole = tuple(ACTIVATION if axis in (EMBED, UNSHARDED) else axis for axis in axes)
+    mesh, weight = jax.sharding.get_abstract_mesh(), jnp.asarray(weight)
+    placed = _placed_axes(nn.Partitioned(weight, axes), mesh) if mesh.shape else [(None, True)] * len(axes)
+    divided = tuple(axis if place else ACTIVATION for axis, (place, _) in zip(axes, placed, strict=True))
+
+    @jax.custom_vjp
+    def gather(weight):
+        return constrain(weight, *whole)
+
+    gather.defvjp(lambda weight: (gather(weight), None), lambda _, gradient: (constrain(gradient, *divided),))
+    return gather(weight)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

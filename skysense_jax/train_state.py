@@ -11,6 +11,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from skysense_jax import compiler
 from skysense_jax.batch import Batch
 from skysense_jax.models.skysense import SkySense
 from skysense_jax.sharding import batch_sharding, tree_shardings, unbox
@@ -75,7 +76,12 @@ def abstract_state(boxed: TrainState, mesh: Mesh) -> TrainState:
 
 def jit_step(step: Any, boxed: TrainState, mesh: Mesh) -> Any:
     """The training step, jitted: the state donated, its arrays where they lived. Call under ``jax.set_mesh(mesh)``."""
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(boxed, mesh), None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings(boxed, mesh), None),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
+    )
 
 
 def abstract_batch(shapes: Batch, mesh: Mesh) -> Batch:

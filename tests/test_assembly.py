@@ -13,7 +13,7 @@ def config():
     return base.get_config()
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "xla"), ("tpu", "xla"), ("gpu", "cudnn"), ("cuda", "cudnn")])
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "xla"), ("tpu", "xla"), ("gpu", "cudnn")])
 def test_efficiency_attention_follows_the_target(config, platform, chosen):
     assert assembly.efficiency(config, platform) == {**config.efficiency, "attention": chosen}
     config.efficiency.attention = "xla"
@@ -23,7 +23,7 @@ def test_efficiency_attention_follows_the_target(config, platform, chosen):
 def test_efficiency_shapes_that_cudnn_cannot_train_on_fall_back_with_one_line(config, caplog):
     config.data.num_dates.s2 = 7
     with caplog.at_level(logging.INFO, logger="absl"):
-        assert assembly.efficiency(config, "cuda")["attention"] == "xla"
+        assert assembly.efficiency(config, "gpu")["attention"] == "xla"
     assert "num_dates: got 12" in caplog.text
 
 

@@ -48,7 +48,7 @@ ALLOWED = {
     "feed": {"batch", "data", "sharding"},
     "dry_run": {"batch", "cost", "modalities"},
     "parameters": {"optim", "sharding", "trees"},
-    "train_state": {"batch", "models", "sharding"},
+    "train_state": {"batch", "compiler", "models", "sharding"},
     "sides": {"batch", "losses", "modalities", "models", "photometric"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
     "ingest": {"data", "modalities"},

@@ -36,7 +36,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     model_flops = assembly.batch_flops(config, rows) / target.num_chips
     batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, rows))
     attention = assembly.efficiency(config, chip.platform)["attention"]
-    seconds, hosts = f.step_seconds(target), max(target.num_chips // chip.chips_per_host, 1)
+    (work, exposed), hosts = f.played(target), max(target.num_chips // chip.chips_per_host, 1)
     row = lambda name, number, remark="": f"  {name:<34}{number:>10}  {remark}".rstrip()  # noqa: E731
     gib = lambda num_bytes: f"{num_bytes / GIB:.2f}"  # noqa: E731
     lines = [
@@ -52,18 +52,21 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         "",
         "of one device and step",
         row("FLOPs as traced, T", f"{f.flops / 1e12:.4f}", f"{f.flops / model_flops:.2f} x the model's by formula"),
-        row("memory traffic, GB", f"{f.traffic.memory_bytes / 1e9:.2f}"),
+        row("memory traffic, GB", f"{f.totals.memory_bytes / 1e9:.2f}"),
     ]
-    for c in f.traffic.collectives:
+    for c in f.totals.collectives:
         remark = f"in {c.count} exchanges of {c.group}"
         lines.append(row(f"{c.kind} over {'+'.join(c.axes)}, GB", f"{c.bytes_sent / 1e9:.4f}", remark))
+    seconds = work + exposed
     used = model_flops / chip.flops / seconds
     lines += [
         "",
         "seconds a step, at the rates of the table",
-        row("compute", f"{f.compute_seconds(chip):.4f}"),
-        row("memory", f"{f.memory_seconds(chip):.4f}"),
-        row("network, if nothing hides it", f"{f.network_seconds(target):.4f}"),
+        row("compute alone", f"{f.compute_seconds(chip):.4f}"),
+        row("memory alone", f"{f.memory_seconds(chip):.4f}"),
+        row("work, by instruction the longer", f"{work:.4f}"),
+        row("network alone", f"{f.network_seconds(target):.4f}"),
+        row("of it beside no work", f"{exposed:.4f}", f"{exposed / seconds:.0%} of the step"),
         row("predicted", f"{seconds:.4f}", f"{used:.0%} of the rated FLOPs do the model's work"),
         "",
         f"{config.optim.num_steps} steps: {config.optim.num_steps * seconds / 86400:.1f} days; "

@@ -5,6 +5,7 @@ of chips.py and no measurement. Next: __main__.py prints it.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -59,7 +60,7 @@ class Forecast:
       temporary_bytes: activations, gradients and what the compiler keeps besides.
       peak_bytes: state, results that are not donated, and temporaries together: what the program asks for.
       flops: of the step as traced, recomputation included, counted over its jaxpr; a device's share.
-      traffic: what the compiled program moves and sends.
+      schedule: what the compiled program does, in its order.
       mesh_shape: devices along each axis, neighbours along the last.
     """
 
@@ -67,8 +68,13 @@ class Forecast:
     temporary_bytes: int
     peak_bytes: int
     flops: float
-    traffic: program.Traffic
+    schedule: tuple[program.Event, ...]
     mesh_shape: Mapping[str, int]
+
+    @functools.cached_property
+    def totals(self) -> program.Totals:
+        """What the schedule moves and sends in all."""
+        return program.totals(self.schedule)
 
     def compute_seconds(self, chip: Chip) -> float:
         """At the chip's rated bf16 FLOPs."""
@@ -76,23 +82,49 @@ class Forecast:
 
     def memory_seconds(self, chip: Chip) -> float:
         """Of the memory traffic at the chip's rated bandwidth."""
-        return self.traffic.memory_bytes / chip.memory_bandwidth
+        return self.totals.memory_bytes / chip.memory_bandwidth
 
     def network_seconds(self, target: Target) -> float:
-        """Of all exchanges one after another: those within a slice or host over its links, others over the network."""
-        return sum((c.bytes_sent / self._bandwidth(c, target) for c in self.traffic.collectives), 0.0)
+        """Of all exchanges one after another."""
+        return sum(
+            times * self.exchange_seconds(event, target)
+            for event, times in program.flatten(self.schedule)
+            if isinstance(event, program.Exchange)
+        )
+
+    def played(self, target: Target) -> tuple[float, float]:
+        """Seconds of work, each instruction the longer of its FLOPs and its bytes at the chip's rates, and seconds
+        that exchanges add to it because the schedule places no work, or not enough, beside them."""
+        chip = target.chip
+        work = lambda w: max(w.flops / chip.flops, w.num_bytes / chip.memory_bandwidth)  # noqa: E731
+        return program.play(self.schedule, work, lambda exchange: self.exchange_seconds(exchange, target))
 
     def step_seconds(self, target: Target) -> float:
-        """The longer of compute and memory, and half of the network: compilers hide a part of it behind the rest."""
-        alone = max(self.compute_seconds(target.chip), self.memory_seconds(target.chip))
-        return alone + self.network_seconds(target) / 2
+        """Work and what exchanges add to it."""
+        return sum(self.played(target))
 
-    def _bandwidth(self, collective: program.Collective, target: Target) -> float:
-        """Bytes a second that a device sends: over links if the axes of the exchange, and all within, are linked."""
-        outermost = list(self.mesh_shape).index(collective.axes[0])
+    def exchange_seconds(self, exchange: program.Exchange, target: Target) -> float:
+        """Latency and bytes of one exchange: over links while the axes of the exchange, and all within, are linked.
+
+        Beyond that each host (or slice) sends with the network of all its members of the group.
+        """
+        chip, group = target.chip, exchange.group
+        linked = min(target.chips_per_slice, chip.largest_slice)
+        outermost = list(self.mesh_shape).index(exchange.axes[0])
         reach = math.prod(list(self.mesh_shape.values())[outermost:])
-        linked = min(target.chips_per_slice, target.chip.largest_slice)
-        return target.chip.link_bandwidth if reach <= linked else target.chip.network_bandwidth
+        nodes = max(min(group, reach // linked), 1)  # that only the network joins
+        members = group / nodes
+        # hops: around a torus both ways, or a ring; sums over many nodes go up and down a tree
+        hops = chip.dimensions * members ** (1 / chip.dimensions) / 2 if chip.dimensions else members - 1
+        latency = hops * chip.link_latency
+        reduces = exchange.kind == "all-reduce"
+        latency += (math.log2(nodes) if reduces else nodes - 1) * chip.network_latency
+        if exchange.kind in ("all-to-all", "ragged-all-to-all", "collective-permute"):  # straight to their receivers
+            latency = chip.link_latency if nodes == 1 else chip.network_latency
+        bandwidth = chip.link_bandwidth
+        if nodes > 1:
+            bandwidth = min(bandwidth, members * chip.network_bandwidth)
+        return latency * (2 if reduces else 1) + exchange.bytes_sent / bandwidth
 
 
 def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
@@ -112,7 +144,8 @@ def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:
         options = {"topology": target.topology, "target_config": _HOPPER.format(chip=target.chip)}
-    devices = topologies.get_topology_desc(platform=target.chip.platform, **options).devices
+    compiler = "tpu" if target.chip.platform == "tpu" else "cuda"
+    devices = topologies.get_topology_desc(platform=compiler, **options).devices
     return sharding.make_mesh(**sizes, devices=devices)
 
 
@@ -138,7 +171,7 @@ def compile_step(
         stage("traced")
         lowered = traced.lower()
         stage("lowered")
-        options: dict[str, Any] = dict(_GPU_OPTIONS) if mesh.devices.flat[0].platform == "cuda" else {}
+        options: dict[str, Any] = dict(_GPU_OPTIONS) if mesh.devices.flat[0].platform == "gpu" else {}
         if quick:
             options["exec_time_optimization_effort"] = -1.0
         try:
@@ -157,6 +190,6 @@ def compile_step(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         flops=flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size,
-        traffic=program.traffic(compiled.as_text(), dict(mesh.shape)),
+        schedule=program.read(compiled.as_text(), dict(mesh.shape)),
         mesh_shape=dict(mesh.shape),
     )

@@ -1,31 +1,17 @@
-"""What a compiled program moves through memory and sends to other chips in one run, read from its HLO text.
+"""What a compiled program multiplies, moves through memory and sends to other chips, in the order of its schedule.
 
-Loops count as often as they run. Per device: every device runs the same program. Reading text is what is left when
-the compiler's own cost analysis counts loop bodies once (TPU) or is empty (GPU). Next: forecast.py.
+``read`` makes events of the program's text, of one device: every device runs the same. ``totals`` adds them up, loops
+as often as they run; ``play`` lets exchanges run beside the work that the schedule places between their start and end,
+which shows what of the network nothing hides. Next: forecast.py.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
+from skysense_jax.plan import hlo
 
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-}
-_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
-_BYTES |= dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz"), 1)
 # Bytes that a device sends in a group of g, per byte of its operand (ring algorithms, which are optimal in bytes).
 _SENT = {
     "all-gather": lambda g: float(g - 1),
@@ -36,12 +22,48 @@ _SENT = {
     "collective-permute": lambda g: 1.0,
     "collective-broadcast": lambda g: 1.0,
 }
-_CALLED = r"(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
 _SLICES = ("dynamic-slice", "slice", "gather")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-_SHAPE = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+?) ([\w\-]+)\((.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a device does by itself: FLOPs of matrix products and convolutions, bytes read and written in memory."""
+
+    flops: float
+    num_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Between groups of devices that differ along these mesh axes; the bytes that a device sends.
+
+    ``name`` is empty if the device waits for it, else that of the ``Wait`` that ends it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    bytes_sent: float
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """Until the exchange of this name has ended."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Events that run ``times`` times."""
+
+    times: int
+    body: tuple["Event", ...]
+
+
+Event = Work | Exchange | Wait | Loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,132 +78,184 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Of one run on one device: bytes read and written in memory, and what it sends, largest first."""
+class Totals:
+    """Of one run on one device: FLOPs of its instructions, bytes read and written, what it sends, largest first."""
 
+    flops: float
     memory_bytes: float
     collectives: tuple[Collective, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    op: str
-    num_bytes: float  # of the result
-    main_bytes: float  # of it, in the chip's main memory: a TPU's compiler places small arrays on the core, S(1)
-    operands: tuple[str, ...]
-    inside: str  # of the parenthesis, as it stands
-    rest: str  # attributes
-    root: bool
-
-
-def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
-    """What the program of this HLO text moves and sends; ``mesh_shape`` names its devices, in order, by mesh axes.
+def read(text: str, mesh_shape: Mapping[str, int]) -> tuple[Event, ...]:
+    """The events of the program of this HLO text; ``mesh_shape`` names its devices, in order, by mesh axes.
 
     Raises:
       ValueError: the text is no HLO, or a loop does not say how often it runs.
     """
-    computations, entry = _parse(text)
-    memory, sent = 0.0, {}
-    for name, times in _runs(computations, entry).items():
-        for instruction in computations[name].values():
-            kind = re.sub("-start$", "", instruction.op)
-            if kind in _SENT:
-                groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
-                axes, size = _axes(groups, mesh_shape), len(groups[0])
-                num_bytes = sum(_num_bytes(computations[name], operand) for operand in instruction.operands)
-                count, total = sent.get((kind, axes, size), (0, 0.0))
-                sent[kind, axes, size] = count + times, total + times * num_bytes * _SENT[kind](size)
-            memory += times * _moved(instruction, computations[name], computations)
-    collectives = [Collective(*key, *value) for key, value in sent.items() if key[2] > 1]
-    return Traffic(memory, tuple(sorted(collectives, key=lambda c: -c.bytes_sent)))
+    program = hlo.parse(text)
+    return tuple(_events(program, program.entry, mesh_shape))
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    computations, entry, current = {}, None, None
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = computations.setdefault(match[2], {})
-            entry = match[2] if match[1] else entry
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            inside, rest = _split(match[5])
-            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-            sizes, root = (_shape_bytes(match[3]), _shape_bytes(match[3], main=True)), bool(match[1])
-            current[match[2]] = _Instruction(match[2], match[4], *sizes, operands, inside, rest, root)
-    if entry is None:
-        raise ValueError("no ENTRY computation; wanted the text of a compiled HLO module")
-    return computations, entry
+def totals(events: Sequence[Event]) -> Totals:
+    """All of a run."""
+    flops, memory, sent = 0.0, 0.0, {}
+    for event, times in flatten(events):
+        if isinstance(event, Work):
+            flops, memory = flops + times * event.flops, memory + times * event.num_bytes
+        elif isinstance(event, Exchange):
+            key = event.kind, event.axes, event.group
+            count, total = sent.get(key, (0, 0.0))
+            sent[key] = count + times, total + times * event.bytes_sent
+    collectives = [Collective(*key, *value) for key, value in sent.items()]
+    return Totals(flops, memory, tuple(sorted(collectives, key=lambda c: -c.bytes_sent)))
 
 
-def _split(text: str) -> tuple[str, str]:
-    """What stands inside the parenthesis that ``text`` begins in, and what follows it."""
-    depth = 1
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[:index], text[index + 1 :]
-    return text, ""
+def flatten(events: Sequence[Event], times: int = 1) -> Iterator[tuple[Work | Exchange | Wait, int]]:
+    """Each event outside and inside loops, with how often it happens."""
+    for event in events:
+        if isinstance(event, Loop):
+            yield from flatten(event.body, times * event.times)
+        else:
+            yield event, times
 
 
-def _shape_bytes(text: str, *, main: bool = False) -> float:
-    """Bytes of a type, of a tuple's members together; ``main``: only of what lies in main memory."""
-    total = 0.0
-    for dtype, sizes, layout in _SHAPE.findall(text):
-        if not (main and "S(1)" in layout):
-            total += _BYTES.get(dtype, 0) * math.prod(int(n) for n in sizes.split(",") if n)
-    return total
+def play(
+    events: Sequence[Event], work_seconds: Callable[[Work], float], exchange_seconds: Callable[[Exchange], float]
+) -> tuple[float, float]:
+    """Seconds that a device works and seconds that it waits for exchanges, which go one after the other."""
+    working, waiting, free, ends = 0.0, 0.0, 0.0, {}
+    for event in events:
+        now = working + waiting
+        if isinstance(event, Work):
+            working += work_seconds(event)
+        elif isinstance(event, Exchange):
+            free = max(free, now) + exchange_seconds(event)
+            if event.name:
+                ends[event.name] = free
+            else:
+                waiting += free - now
+        elif isinstance(event, Wait):
+            waiting += max(ends.pop(event.name) - now, 0.0)
+        else:
+            works, waits = play(event.body, work_seconds, exchange_seconds)
+            working, waiting = working + event.times * works, waiting + event.times * waits
+    return working, waiting
 
 
-def _num_bytes(computation: Mapping[str, _Instruction], name: str) -> float:
+def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iterator[Event]:
+    """Of one computation, calls in their places."""
+    computation = program.computations[name]
+    for i in computation.values():
+        inside = [(e, its) for e, its in program.within(i) if _kind(e.op) in _SENT]
+        if i.op == "while":
+            yield Loop(program.trips(i), tuple(_events(program, i.called[0], mesh_shape)))
+        elif i.op in ("call", "conditional"):
+            for called in i.called:
+                yield from _events(program, called, mesh_shape)
+        elif _kind(i.op) in _SENT:
+            yield from _exchange(i, computation, mesh_shape, i.name if i.op.endswith("-start") else "")
+        elif i.op == "async-start" and inside:
+            yield from _exchange(*inside[0], mesh_shape, i.name)
+        elif i.op.endswith("-done"):
+            if (start := _start(i, computation)) and _group(start, program, mesh_shape) > 1:
+                yield Wait(start.name)
+        else:
+            begins, ends = _ends(i)
+            for exchange, its in inside if begins else ():
+                yield from _exchange(exchange, its, mesh_shape, _channel(exchange))
+            work = Work(_flops(i, computation, program), _moved(i, computation, program))
+            if work.flops or work.num_bytes:
+                yield work
+            for exchange, _ in inside if ends else ():
+                if _group(exchange, program, mesh_shape) > 1:
+                    yield Wait(_channel(exchange))
+
+
+def _ends(fusion: hlo.Instruction) -> tuple[bool, bool]:
+    """Whether an exchange within the fusion begins and ends with it: a TPU's compiler lets one run beside several
+    fusions, each of which holds it, from one that it calls so to one that it calls so."""
+    if fusion.name.startswith("async-collective-"):
+        return fusion.name.startswith("async-collective-start"), fusion.name.startswith("async-collective-done")
+    return (alone := not any(name.startswith("async_collective_fusion") for name in fusion.called)), alone
+
+
+def _kind(op: str) -> str:
+    return re.sub("-start$", "", op)
+
+
+def _channel(instruction: hlo.Instruction) -> str:
+    match = re.search(r"channel_id=(\d+)", instruction.rest)
+    return match[1] if match else instruction.name
+
+
+def _start(done: hlo.Instruction, computation: hlo.Computation) -> hlo.Instruction | None:
+    """The instruction that began what ``done`` ends; None for a copy, which is work."""
+    start = computation.get(done.operands[0])
+    while start is not None and start.op == "async-update":
+        start = computation.get(start.operands[0])
+    return start if start is not None and (_kind(start.op) in _SENT or start.op == "async-start") else None
+
+
+def _group(instruction: hlo.Instruction, program: hlo.Text, mesh_shape: Mapping[str, int]) -> int:
+    """Devices of an exchange's groups; 1 if ``instruction`` is none."""
+    found = [instruction, *(inner for inner, _ in program.within(instruction))]
+    exchange = next((e for e in found if _kind(e.op) in _SENT), None)
+    return len(hlo.groups(exchange.rest, math.prod(mesh_shape.values()))[0]) if exchange else 1
+
+
+def _exchange(
+    instruction: hlo.Instruction, computation: hlo.Computation, mesh_shape: Mapping[str, int], name: str
+) -> Iterator[Exchange]:
+    """The exchange of an instruction, unless each device is alone in it."""
+    groups = hlo.groups(instruction.rest, math.prod(mesh_shape.values()))
+    if len(groups[0]) > 1:
+        kind, size = _kind(instruction.op), len(groups[0])
+        users = [i for i in computation.values() if instruction.name in i.operands]
+        if kind == "all-reduce" and users and all(user.op == "dynamic-slice" for user in users):
+            kind = "reduce-scatter"  # a TPU's compiler writes it so, in one fusion
+        num_bytes = sum(_num_bytes(computation, operand) for operand in instruction.operands)
+        yield Exchange(kind, hlo.mesh_axes(groups, mesh_shape), size, num_bytes * _SENT[kind](size), name)
+
+
+def _num_bytes(computation: hlo.Computation, name: str) -> float:
     return computation[name].num_bytes if name in computation else 0.0
 
 
-def _main_bytes(computation: Mapping[str, _Instruction], name: str) -> float:
+def _main_bytes(computation: hlo.Computation, name: str) -> float:
     return computation[name].main_bytes if name in computation else 0.0
 
 
-def _runs(computations: Mapping[str, Mapping[str, _Instruction]], entry: str) -> dict[str, int]:
-    """How often each computation runs as a program of its own; those inside fusions are not among them."""
-    runs, waiting = {}, [(entry, 1)]
-    while waiting:
-        name, times = waiting.pop()
-        runs[name] = runs.get(name, 0) + times
-        for instruction in computations[name].values():
-            called = re.findall(
-                r"(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest
-            )
-            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-            if instruction.op == "while":
-                waiting.append((dict(called)["body"], times * _trips(instruction, computations)))
-            elif instruction.op in ("call", "conditional", "async-start"):
-                names = [target for _, target in called] + re.findall(r"%([\w.\-]+)", branches[1] if branches else "")
-                waiting += [(target, times) for target in names]
-    return runs
+def _flops(instruction: hlo.Instruction, computation: hlo.Computation, program: hlo.Text) -> float:
+    """Of an instruction's matrix products and convolutions, a fusion's inside it; a multiply-add is two."""
+    found = program.within(instruction) if instruction.op == "fusion" else ((instruction, computation),)
+    return sum((_product_flops(i, c) for i, c in found), 0.0)
 
 
-def _trips(loop: _Instruction, computations: Mapping[str, Mapping[str, _Instruction]]) -> int:
-    """How often a loop runs: as the compiler says, else the one number that its condition compares a counter with."""
-    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(stated[1])
-    waiting, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]], set()
-    while waiting:
-        for instruction in computations[waiting.pop()].values():
-            waiting += re.findall(r"calls=%?([\w.\-]+)", instruction.rest)
-            if instruction.op == "constant" and re.fullmatch(r"\d+", instruction.inside):
-                bounds.add(int(instruction.inside))
-    if len(bounds) != 1:
-        raise ValueError(f"loop {loop.name} does not say how often it runs")
-    return bounds.pop()
+def _product_flops(i: hlo.Instruction, computation: hlo.Computation) -> float:
+    operands = [computation[name].sizes for name in i.operands if name in computation]
+    if i.op == "dot" or (i.op == "custom-call" and 'custom_call_target="__cublas' in i.rest):
+        contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]', i.rest)
+        return 2.0 * math.prod(i.sizes) * math.prod(operands[0][int(n)] for n in re.findall(r"\d+", contracted[1]))
+    if i.op == "custom-call" and 'custom_call_target="__cudnn$fmha' in i.rest:  # attention of B N A K and B M A K
+        products = 5 if 'Backward"' in i.rest else 2
+        return products * 2.0 * math.prod(operands[0]) * operands[1][1]
+    if i.op == "convolution":
+        kernel, labels = operands[1], re.search(r"dim_labels=\w+_(\w+)->", i.rest)[1]
+        size = math.prod(n for n, label in zip(kernel, labels) if label == "i")
+        window = re.search(r"window=\{([^}]*)\}", i.rest)
+        spread = re.search(r"lhs_dilate=([\dx]+)", window[1] if window else "")
+        dilated = [int(n) for n in spread[1].split("x")] if spread else [1] * len(kernel)
+        for n, label in zip(kernel, labels):
+            if label.isdigit():  # of a dilated axis, which is how a batch is written, a window sees every nth place
+                size *= math.ceil(n / dilated[int(label)])
+        return 2.0 * math.prod(i.sizes) * size
+    return 0.0
 
 
-def _moved(
-    instruction: _Instruction,
-    computation: Mapping[str, _Instruction],
-    computations: Mapping[str, Mapping[str, _Instruction]],
-) -> float:
+def _moved(instruction: hlo.Instruction, computation: hlo.Computation, program: hlo.Text) -> float:
     """Bytes read and written by an instruction; of a slice that is read or replaced, the slice."""
     op, operands = instruction.op, [_main_bytes(computation, name) for name in instruction.operands]
-    if op in _FREE or op in ("while", "call", "conditional", "async-start") or op.endswith("-done"):
+    if op in _FREE or op in ("async-start", "async-update"):
         return 0.0
     if op in _SLICES:
         return instruction.main_bytes + (instruction.num_bytes if operands[0] else 0.0)
@@ -189,10 +263,16 @@ def _moved(
         return 2 * sum(operands[1 if op == "dynamic-update-slice" else 2 :])
     if op != "fusion":
         return instruction.main_bytes + sum(operands)
-    inside = computations[re.search(r"calls=%?([\w.\-]+)", instruction.rest)[1]]
-    moved = _written(next(i for i in inside.values() if i.root), inside)
+    inside = program.computations[instruction.called[0]]
+    # buffers of an exchange that runs beside it are only handed on
+    handed_on = {"parameter", "custom-call", *_SENT} if any(i.op in _SENT for i in inside.values()) else set()
+    moved = _written(next(i for i in inside.values() if i.root), inside, handed_on)
     for parameter in (i for i in inside.values() if i.op == "parameter" and i.main_bytes):
         users = [i for i in inside.values() if parameter.name in i.operands]
+        if handed_on:
+            users = [i for i in users if i.op not in handed_on and i.op != "tuple"]
+            if not users:
+                continue
         first = all(user.operands[0] == parameter.name for user in users)
         if users and first and all(user.op in _SLICES for user in users):
             moved += sum(user.num_bytes for user in users)
@@ -203,30 +283,12 @@ def _moved(
     return moved
 
 
-def _written(root: _Instruction, inside: Mapping[str, _Instruction]) -> float:
+def _written(root: hlo.Instruction, inside: hlo.Computation, handed_on: set[str]) -> float:
     """Bytes that a fusion writes; of an array that it replaces a slice of, the slice."""
     if root.op == "tuple":
-        return sum(_written(inside[name], inside) for name in root.operands)
+        return sum(_written(inside[name], inside, handed_on) for name in root.operands)
+    if root.op in handed_on:
+        return 0.0
     if root.op == "dynamic-update-slice" and root.main_bytes:
         return _num_bytes(inside, root.operands[1])
     return root.main_bytes
-
-
-def _groups(rest: str, num_devices: int) -> list[list[int]]:
-    """Which devices talk to each other, by their place in the mesh."""
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        ids = np.arange(num_devices).reshape([int(n) for n in match[3].split(",")])
-        ids = ids.transpose([int(n) for n in match[4].split(",")]) if match[4] else ids
-        return ids.reshape(int(match[1]), int(match[2])).tolist()
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match[1])]
-    return [list(range(num_devices))]
-
-
-def _axes(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ."""
-    sizes, different = tuple(mesh_shape.values()), set()
-    for group in groups:
-        places = np.array(np.unravel_index(list(group), sizes))
-        different |= {axis for axis, place in zip(mesh_shape, places) if len(set(place.tolist())) > 1}
-    return tuple(axis for axis in mesh_shape if axis in different)

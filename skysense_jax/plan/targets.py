@@ -34,7 +34,7 @@ class Target:
     @property
     def topology(self) -> str:
         """What the compiler calls it: "v5p:4x4x4" of one slice, or "1x8x8" (slices, hosts, chips of a host)."""
-        if self.chip.platform == "cuda":
+        if self.chip.platform == "gpu":
             per_host = min(self.num_chips, self.chip.chips_per_host)
             return f"1x{self.num_chips // per_host}x{per_host}"
         sides = _sides(self.chips_per_slice, self.chip.dimensions)
@@ -67,7 +67,7 @@ def parse(text: str) -> Target:
         number //= chip.cores
         counts = "cores" if chip.cores > 1 else "chips"
         remark = f"{text} is the cloud's own name and counts {counts}: {number} chips"
-    if chip.platform == "cuda":
+    if chip.platform == "gpu":
         if number < 1 or (number > chip.chips_per_host and number % chip.chips_per_host):
             raise ValueError(f"--target: {text}: more than {chip.chips_per_host} GPUs are whole hosts of them")
         return Target(chip, number, remark=remark)

@@ -36,11 +36,11 @@ def test_state_of_a_device_is_its_share_of_the_arrays(planned):
 
 
 def test_exchanges_of_the_step_lie_on_the_axes_of_the_mesh(planned):
-    found = planned[3].traffic.collectives
+    found = planned[3].totals.collectives
     assert {axis for c in found for axis in c.axes} == {"data", "fsdp"}
     assert "all-gather" in {c.kind for c in found if c.axes == ("fsdp",)}  # parameters before they are used
     assert all(c.bytes_sent > 0 and c.count > 0 for c in found)
-    assert planned[3].traffic.memory_bytes > planned[3].state_bytes
+    assert planned[3].totals.memory_bytes > planned[3].state_bytes
 
 
 def test_report_says_what_does_not_depend_on_rates(planned):
@@ -54,19 +54,26 @@ def test_report_says_what_does_not_depend_on_rates(planned):
 
 
 @pytest.mark.parametrize(
-    ("target", "axes", "rate"),
+    ("target", "kind", "axes", "group", "seconds"),
     [
-        ("h200:16", ("fsdp",), "link_bandwidth"),  # eight neighbours of a host
-        ("h200:16", ("data",), "network_bandwidth"),  # groups of two, one on each host
-        ("h200:16", ("data", "fsdp"), "network_bandwidth"),
-        ("v5p:16", ("data", "fsdp"), "link_bandwidth"),  # one slice
+        # 8 neighbours of a host, by links; groups of 2 over the network, one on each host; a group over both hosts,
+        # whose 8 members each have the network
+        ("h200:16", "all-gather", ("fsdp",), 8, 1 / 450 + 7 * 1.9e-6),
+        ("h200:16", "all-gather", ("data",), 2, 1 / 50 + 4e-6),
+        ("h200:16", "all-reduce", ("data",), 2, 1 / 50 + 2 * 4e-6),
+        ("h200:16", "all-reduce", ("data", "fsdp"), 16, 1 / 400 + 2 * (7 * 1.9e-6 + 4e-6)),
+        ("h200:16", "all-to-all", ("data",), 2, 1 / 50 + 4e-6),
+        # one slice: half way around a torus of 16 chips, all axes together
+        ("v5p:16", "all-gather", ("data", "fsdp"), 16, 1 / 300 + 3 * 16 ** (1 / 3) / 2 * 1e-6),
     ],
 )
-def test_exchange_that_leaves_the_host_takes_the_network_however_small_its_group(target, axes, rate):
+def test_exchange_takes_the_network_where_its_axes_leave_the_host(target, kind, axes, group, seconds):
     target, mesh_shape = targets.parse(target), dict(data=2, fsdp=8, tensor=1, expert=1)
-    exchange = program.Collective("all-reduce", axes, 2, 1, 1e9)
-    found = forecast.Forecast(1, 1, 1, 1.0, program.Traffic(1.0, (exchange,)), mesh_shape)
-    assert found.network_seconds(target) == 1e9 / getattr(target.chip, rate)
+    exchange = program.Exchange(kind, axes, group, 1e9)
+    found = forecast.Forecast(1, 1, 1, 1.0, (program.Loop(3, (exchange,)),), mesh_shape)
+    assert found.exchange_seconds(exchange, target) == pytest.approx(seconds)
+    assert found.network_seconds(target) == pytest.approx(3 * seconds)
+    assert found.played(target) == pytest.approx((0.0, 3 * seconds))
 
 
 def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program sends and moves, against programs whose exchanges are known."""
+"""What compiled programs multiply, move and send, against programs of which it is known."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from skysense_jax import sharding
-from skysense_jax.plan import program
+from skysense_jax.plan import hlo, program
 
 
 @pytest.fixture(scope="module")
@@ -14,12 +14,12 @@ def mesh():
     return sharding.make_mesh(data=4, fsdp=2, tensor=1, expert=1)
 
 
-def traffic_of(function, mesh, *arguments, out=None):
+def totals_of(function, mesh, *arguments, out=None):
     shaped = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]
     shardings = None if out is None else NamedSharding(mesh, out)
     with jax.set_mesh(mesh):
         text = jax.jit(function, out_shardings=shardings).lower(*shaped).compile().as_text()
-    return program.traffic(text, dict(mesh.shape))
+    return program.totals(program.read(text, dict(mesh.shape)))
 
 
 P = PartitionSpec
@@ -43,28 +43,28 @@ P = PartitionSpec
         (lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 0)]), "collective-permute", ("fsdp",), 2, 1024),
     ],
 )
-def test_traffic_names_kind_axes_and_bytes_of_an_exchange(function, kind, axes, group, num_bytes, mesh):
+def test_totals_names_kind_axes_and_bytes_of_an_exchange(function, kind, axes, group, num_bytes, mesh):
     inside = jax.shard_map(
         function, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(("data", "fsdp")), check_vma=False
     )
-    (found,) = traffic_of(inside, mesh, ((256, 8), P(("data", "fsdp")))).collectives
+    (found,) = totals_of(inside, mesh, ((256, 8), P(("data", "fsdp")))).collectives
     assert (found.kind, found.axes, found.group, found.count) == (kind, axes, group, 1)
     assert found.bytes_sent == num_bytes
 
 
-def test_traffic_counts_an_exchange_in_a_loop_as_often_as_it_runs(mesh):
+def test_totals_counts_an_exchange_in_a_loop_as_often_as_it_runs(mesh):
     def five_times(x):
         step = lambda c, _: (jnp.tanh(jax.lax.psum(c, "data")), None)  # noqa: E731
         return jax.lax.scan(step, x, None, length=5)[0]
 
     inside = jax.shard_map(five_times, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
-    (found,) = traffic_of(inside, mesh, ((64, 8), P("fsdp"))).collectives
+    (found,) = totals_of(inside, mesh, ((64, 8), P("fsdp"))).collectives
     assert (found.kind, found.axes, found.count) == ("all-reduce", ("data",), 5)
     assert found.bytes_sent == 5 * 2 * (32 * 8 * 4) * 3 / 4
 
 
-def test_traffic_of_memory_reads_and_writes_each_array_once_and_of_a_stack_its_slices(mesh):
-    add = traffic_of(lambda x, y: x * 2 + y, mesh, ((1024, 64), P()), ((1024, 64), P()))
+def test_totals_of_memory_reads_and_writes_each_array_once_and_of_a_stack_its_slices(mesh):
+    add = totals_of(lambda x, y: x * 2 + y, mesh, ((1024, 64), P()), ((1024, 64), P()))
     assert add.memory_bytes == 3 * 1024 * 64 * 4
     assert add.collectives == ()
 
@@ -72,10 +72,134 @@ def test_traffic_of_memory_reads_and_writes_each_array_once_and_of_a_stack_its_s
         return jax.lax.scan(lambda c, w: (c + w, None), x, stack)[0]
 
     once = 1024 * 64 * 4
-    moved = traffic_of(chain, mesh, ((16, 1024, 64), P()), ((1024, 64), P())).memory_bytes
+    moved = totals_of(chain, mesh, ((16, 1024, 64), P()), ((1024, 64), P())).memory_bytes
     assert 16 * 3 * once <= moved <= 16 * 3.2 * once + 4 * once  # not 16 times the whole stack
 
 
-def test_traffic_of_text_that_is_no_program_is_refused():
+def test_totals_of_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
-        program.traffic("not HLO", {"data": 1})
+        program.read("not HLO", {"data": 1})
+
+
+def test_totals_of_flops_are_those_of_products_loops_and_convolutions(mesh):
+    product = lambda x, y: jnp.einsum("bij,bjk->bik", x, y)  # noqa: E731
+    found = totals_of(product, mesh, ((3, 40, 50), P()), ((3, 50, 60), P()))
+    assert found.flops == 2 * 3 * 40 * 50 * 60
+    power = lambda x, y: jax.lax.scan(lambda c, _: (c @ y, None), x, None, length=7)[0]  # noqa: E731
+    assert totals_of(power, mesh, ((40, 50), P()), ((50, 50), P())).flops == 7 * 2 * 40 * 50 * 50
+    conv = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = totals_of(conv, mesh, ((2, 10, 10, 5), P()), ((3, 3, 5, 8), P()))
+    assert found.flops == 2 * (2 * 8 * 8 * 8) * (3 * 3 * 5)
+
+
+# What compilers of accelerators write, cut down: loops that count by two, an exchange beside three fusions, one that
+# begins and ends by name, a product of cuBLAS, a batch of products as a convolution with dilated windows.
+ACCELERATOR = """
+HloModule m, is_scheduled=true
+
+%begin (p.0: f32[8]) -> (f32[8], f32[32]) {
+  %p.0 = f32[8]{0} parameter(0)
+  %all-gather.1 = f32[32]{0} all-gather(%p.0), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %custom-call.1 = (f32[8]{0}, f32[32]{0}) custom-call(%p.0, %all-gather.1), custom_call_target="Start"
+}
+
+%async_collective_fusion.1 (p.1: f32[16], p.2: f32[8]) -> (f32[16], f32[8]) {
+  %p.1 = f32[16]{0} parameter(0)
+  %p.2 = f32[8]{0} parameter(1)
+  %twice.1 = f32[16]{0} add(%p.1, %p.1)
+  %all-gather.2 = f32[32]{0} all-gather(%p.2), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %tuple.1 = (f32[16]{0}, f32[8]{0}) tuple(%twice.1, %p.2)
+}
+
+%end (p.3: f32[8]) -> f32[32] {
+  %p.3 = f32[8]{0} parameter(0)
+  %all-gather.3 = f32[32]{0} all-gather(%p.3), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %custom-call.2 = f32[32]{0} custom-call(%p.3, %all-gather.3), custom_call_target="Done"
+}
+
+%condition (c.0: (s32[], f32[16])) -> pred[] {
+  %c.0 = (s32[], f32[16]{0}) parameter(0)
+  %bound = s32[] constant(8)
+  %counter.0 = s32[] get-tuple-element(%c.0), index=0
+  ROOT %less = pred[] compare(%counter.0, %bound), direction=LT
+}
+
+%body (b.0: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %b.0 = (s32[], f32[16]{0}) parameter(0)
+  %counter.1 = s32[] get-tuple-element(%b.0), index=0
+  %two = s32[] constant(2)
+  %counter.2 = s32[] add(%counter.1, %two)
+  %x.0 = f32[16]{0} get-tuple-element(%b.0), index=1
+  %permute-start = (f32[16]{0}, f32[16]{0}) collective-permute-start(%x.0), source_target_pairs={{0,1},{1,0}}
+  %y.0 = f32[16]{0} negate(%x.0)
+  %permute-done = f32[16]{0} collective-permute-done(%permute-start)
+  ROOT %next = (s32[], f32[16]{0}) tuple(%counter.2, %permute-done)
+}
+
+ENTRY %main (a.0: f32[8], a.1: f32[16], a.2: (s32[], f32[16]), a.3: f32[4,5], a.4: f32[5,6]) -> f32[4,6] {
+  %a.5 = bf16[2,6,4,8]{3,2,1,0} parameter(5)
+  %a.0 = f32[8]{0} parameter(0)
+  %a.1 = f32[16]{0} parameter(1)
+  %a.2 = (s32[], f32[16]{0}) parameter(2)
+  %a.3 = f32[4,5]{1,0} parameter(3)
+  %a.4 = f32[5,6]{1,0} parameter(4)
+  %async-collective-start = (f32[8]{0}, f32[32]{0}) fusion(%a.0), kind=kCustom, calls=%begin
+  %fusion.1 = (f32[16]{0}, f32[8]{0}) fusion(%a.1, %a.0), kind=kOutput, calls=%async_collective_fusion.1
+  %async-collective-done = f32[32]{0} fusion(%a.0), kind=kCustom, calls=%end
+  %while.1 = (s32[], f32[16]{0}) while(%a.2), condition=%condition, body=%body
+  %attend = bf16[2,6,4,8]{3,2,1,0} custom-call(%a.5, %a.5, %a.5), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %g = f32[4,6]{1,0} custom-call(%a.3, %a.4), custom_call_target="__cublas$gemm", lhs_contracting_dimensions":["1"]
+}
+"""
+
+
+def test_read_gives_the_events_of_accelerators_programs_in_order():
+    gather, work, wait, loop, attention, product = program.read(ACCELERATOR, {"data": 2, "fsdp": 4})
+    assert gather == program.Exchange("all-gather", ("fsdp",), 4, 3 * 32.0, "5")
+    assert work == program.Work(0.0, 2 * 64.0)  # not the exchange's buffers, which are handed on
+    assert wait == program.Wait("5")
+    assert loop.times == 4
+    permute = program.Exchange("collective-permute", ("fsdp",), 2, 64.0, "permute-start")
+    assert [event for event in loop.body if not isinstance(event, program.Work)] == [
+        permute,
+        program.Wait("permute-start"),
+    ]
+    assert attention.flops == 5 * 2 * 2 * 4 * 6 * 6 * 8
+    assert product.flops == 2 * 4 * 5 * 6
+
+
+def test_play_hides_an_exchange_behind_the_work_until_its_end():
+    work, fetch = program.Work(1.0, 0.0), program.Exchange("all-gather", ("fsdp",), 4, 3.0, "a")
+    alone = program.Exchange("all-reduce", ("data",), 2, 2.0)
+    seconds = lambda events: program.play(events, lambda w: w.flops, lambda e: e.bytes_sent)  # noqa: E731
+    assert seconds([fetch, work, program.Wait("a"), work]) == (2.0, 2.0)
+    assert seconds([fetch, work, work, work, work, program.Wait("a")]) == (4.0, 0.0)
+    assert seconds([fetch, alone, program.Wait("a")]) == (0.0, 5.0)  # one after the other
+    assert seconds([work, program.Loop(3, (fetch, work, program.Wait("a"))), alone]) == (4.0, 3 * 2.0 + 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "number"),
+    [
+        ("mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3], 2),
+        ("mesh['a'=2,'b'=4] {'a'}", [0, 4], 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", [0, 1, 2, 3, 4, 5, 6, 7], 1),
+        ("mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2], 4),  # the outer half of b
+        ("mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1], 4),
+        ("mesh['a'=8], device_ids=([8]<=[2,4]T(1,0)) {'a':(4)2}", [0, 4], 4),
+        ("[4,2]<=[2,4]T(1,0)", [0, 4], 4),
+        ("{{0,3},{1,2}}", [0, 3], 2),
+    ],
+)
+def test_groups_are_read_in_each_way_of_writing(text, first, number):
+    found = hlo.groups(f", replica_groups={text}, dimensions={{0}}", 8)
+    assert found[0] == first
+    assert len(found) == number
+
+
+def test_loop_that_does_not_say_how_often_it_runs_is_refused():
+    text = ACCELERATOR.replace("%bound = s32[] constant(8)", "%bound = s32[] negate(%c.0)")
+    with pytest.raises(ValueError, match=r"while\.1 does not say how often"):
+        program.read(text, {"data": 2, "fsdp": 4})

@@ -14,9 +14,9 @@ from skysense_jax.plan import forecast, program, sweep, targets
 
 def made_up(seconds, gib, target):
     """A forecast of so many seconds and so much memory."""
-    traffic = program.Traffic(seconds * target.chip.memory_bandwidth, ())
+    work = program.Work(0.0, seconds * target.chip.memory_bandwidth)
     shape = dict(data=1, fsdp=4, tensor=1, expert=1)
-    return forecast.Forecast(1, 1, int(gib * GIB), 1.0, traffic, shape)
+    return forecast.Forecast(1, 1, int(gib * GIB), 1.0, (work,), shape)
 
 
 def test_candidates_shard_over_a_slice_a_host_and_experts():
