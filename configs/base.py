@@ -11,9 +11,11 @@ Chips: meant for one H200 or more; not run, step time not known.
 
 from ml_collections import ConfigDict
 
+from configs._hardware import on
 
-def get_config() -> ConfigDict:
-    """All sections, in the order of the functions below."""
+
+def get_config(target: str = "") -> ConfigDict:
+    """All sections, in the order of the functions below, on a target (_hardware.py) or none."""
     config = ConfigDict()
     config.name = "base"
     config.run = _run()
@@ -25,7 +27,7 @@ def get_config() -> ConfigDict:
     config.objective = _objective()
     config.optim = _optim()
     config.eval = _eval()
-    return config
+    return on(config, target)
 
 
 def _run() -> dict:

@@ -7,10 +7,11 @@ Chips: as base; not run.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "base_moe"
     config.model.backbone.num_moe_blocks = 6
-    return config
+    return on(config, target)

@@ -7,11 +7,12 @@ Chips: the paper has 128 H20 at batch 1024; not run, step time not known (91 TFL
 from ml_collections import ConfigDict
 
 from configs import base
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "huge"
     config.model.backbone.update(width=352, depths=(2, 2, 18, 2))
     config.model.fusion.update(width=1024, depth=24)
-    return config
+    return on(config, target)

@@ -8,10 +8,11 @@ Chips: as huge; not run.
 from ml_collections import ConfigDict
 
 from configs import huge
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = huge.get_config()
     config.name = "huge_moe"
     config.model.backbone.num_moe_blocks = 6
-    return config
+    return on(config, target)

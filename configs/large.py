@@ -7,11 +7,12 @@ Chips: meant for a node of 8; not run, step time not known.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "large"
     config.model.backbone.update(width=192, depths=(2, 2, 18, 2))
     config.model.fusion.update(width=768, depth=18)
-    return config
+    return on(config, target)

@@ -7,10 +7,11 @@ Chips: as large; not run.
 from ml_collections import ConfigDict
 
 from configs import large
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = large.get_config()
     config.name = "large_moe"
     config.model.backbone.num_moe_blocks = 6
-    return config
+    return on(config, target)

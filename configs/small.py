@@ -7,11 +7,12 @@ Chips: meant for one GPU; not run, step time not known.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "small"
     config.model.backbone.update(width=96, depths=(2, 2, 6, 2))
     config.model.fusion.update(width=384, depth=6)
-    return config
+    return on(config, target)

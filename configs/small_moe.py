@@ -7,10 +7,11 @@ Chips: as small; not run.
 from ml_collections import ConfigDict
 
 from configs import small
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = small.get_config()
     config.name = "small_moe"
     config.model.backbone.num_moe_blocks = 6
-    return config
+    return on(config, target)

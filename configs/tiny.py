@@ -6,9 +6,10 @@ Chips: 2 CPU cores; expected step time and what was run: benchmarks/results.md.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "tiny"
     config.run.update(
@@ -46,4 +47,4 @@ def get_config() -> ConfigDict:
     )
     config.optim.update(num_steps=300, learning_rate=4e-4, warmup_steps=30, ema_momentum=0.97)
     config.eval.probe_untrained = True
-    return config
+    return on(config, target)

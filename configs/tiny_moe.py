@@ -7,10 +7,11 @@ Chips: as tiny; not run.
 from ml_collections import ConfigDict
 
 from configs import tiny
+from configs._hardware import on
 
 
-def get_config() -> ConfigDict:
+def get_config(target: str = "") -> ConfigDict:
     config = tiny.get_config()
     config.name = "tiny_moe"
     config.model.backbone.num_moe_blocks = 2
-    return config
+    return on(config, target)

@@ -54,27 +54,27 @@ def parse(text: str) -> Target:
     match = re.fullmatch(r"([a-z0-9]+)([:-])(\d+)", text.strip().lower())
     known = " ".join(CHIPS)
     if match is None:
-        raise ValueError(f"--target: got {text!r}; wanted KIND:CHIPS, e.g. v5p:64, KIND one of {known}")
+        raise ValueError(f"target: got {text!r}; wanted KIND:CHIPS, e.g. v5p:64, KIND one of {known}")
     kind, mark, number = _CLOUD_NAMES.get(match[1], match[1]), match[2], int(match[3])
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, n=1)
         hint = f" (nearest: {near[0]})" if near else ""
-        raise ValueError(f"--target: unknown chip {match[1]!r}{hint}; wanted one of {known}")
+        raise ValueError(f"target: unknown chip {match[1]!r}{hint}; wanted one of {known}")
     chip, remark = CHIPS[kind], ""
     if mark == "-" and chip.platform == "tpu":
         if number % chip.cores:
-            raise ValueError(f"--target: {text} counts cores, {chip.cores} a chip; {number} is no whole chip")
+            raise ValueError(f"target: {text} counts cores, {chip.cores} a chip; {number} is no whole chip")
         number //= chip.cores
         counts = "cores" if chip.cores > 1 else "chips"
         remark = f"{text} is the cloud's own name and counts {counts}: {number} chips"
     if chip.platform == "gpu":
         if number < 1 or (number > chip.chips_per_host and number % chip.chips_per_host):
-            raise ValueError(f"--target: {text}: more than {chip.chips_per_host} GPUs are whole hosts of them")
+            raise ValueError(f"target: {text}: more than {chip.chips_per_host} GPUs are whole hosts of them")
         return Target(chip, number, remark=remark)
     num_slices = math.ceil(number / chip.largest_slice)
     if number < 1 or number % num_slices or (number // num_slices) & (number // num_slices - 1):
         raise ValueError(
-            f"--target: {text}: wanted 1, 2, 4, 8 ... chips, above {chip.largest_slice} whole slices of that many"
+            f"target: {text}: wanted 1, 2, 4, 8 ... chips, above {chip.largest_slice} whole slices of that many"
         )
     return Target(chip, number, num_slices, remark)
 

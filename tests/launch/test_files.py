@@ -95,12 +95,14 @@ def test_jobsets_start_all_pods_at_once_and_again_when_told_to_stop(jobset):
 
 
 def test_commands_of_jobsets_give_fields_that_exist(jobset):
-    *_, container = _job(jobset)
+    _, spec, container = _job(jobset)
     words = shlex.split(container["args"][0])
     assert words[words.index("exec") :][:4] == ["exec", "python", "-m", "skysense_jax.train"]
-    assert (ROOT / words[words.index("source") + 1]).is_file()
+    assert "source" not in words or (ROOT / words[words.index("source") + 1]).is_file()
     flags = dict(re.fullmatch(r"--([\w.]+)=(.*)", word).groups() for word in words[words.index("exec") + 4 :])
-    known = dict(config_lib.fields_of(config_lib.load(ROOT / flags.pop("config"))))
+    file = flags.pop("config")
+    config = config_lib.load(ROOT / file)
+    known = dict(config_lib.fields_of(config))
     for flag in flags:
         if flag.startswith("config."):
             assert flag.removeprefix("config.") in known
@@ -108,6 +110,9 @@ def test_commands_of_jobsets_give_fields_that_exist(jobset):
             assert flag in {"workdir", "devices_per_process", "start_timeout_s"}
     (resource,) = container["resources"]["limits"].values()
     assert int(flags["devices_per_process"]) == resource
+    num_devices = int(resource) * spec["completions"]
+    config_lib.validate(config, num_devices=num_devices)
+    assert file.endswith(f":{num_devices}")
 
 
 def test_sbatch_file_asks_for_a_signal_in_time_and_to_be_requeued():

@@ -46,5 +46,5 @@ def test_parse_explains_what_a_clouds_name_counts():
     ],
 )
 def test_parse_wrong_target_is_refused(text, message):
-    with pytest.raises(ValueError, match=rf"--target: .*{message}"):
+    with pytest.raises(ValueError, match=rf"target: .*{message}"):
         targets.parse(text)
