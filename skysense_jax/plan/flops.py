@@ -1,4 +1,4 @@
-"""FLOPs of a traced function: matrix products and convolutions of its jaxpr, loops times their length.
+"""FLOPs of a traced function: matrix products, convolutions and attention of its jaxpr, loops times their length.
 
 Compilers count the body of a loop once (TPU) or nothing (GPU), so the program is counted before it is compiled.
 A multiply-add is two; recomputation that a checkpoint policy asks for is in the jaxpr and counts.
@@ -29,6 +29,9 @@ def _of_equation(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
+    if name.startswith("dot_product_attention_"):  # cuDNN's, B N A K by B M A K; its gradient makes the scores again
+        query, key = (variable.aval.shape for variable in equation.invars[:2])
+        return (10.0 if "bwd" in name else 4.0) * math.prod(query) * key[1]
     if name == "conv_general_dilated":
         kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
         out_features = params["dimension_numbers"].rhs_spec[0]

@@ -48,7 +48,11 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {chip.name}"
 """
 # Without a device its compiler picks tiles for Triton's matrix products blindly, and fails on some.
-_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+_QUICK: dict[str, dict[str, Any]] = {
+    "tpu": {"exec_time_optimization_effort": -1.0},
+    "gpu": {"xla_disable_hlo_passes": "triton-softmax-rewriter"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +158,9 @@ def compile_step(
 ) -> Forecast:
     """The step of ``config``, compiled for the devices of ``mesh``; nothing is allocated. ``say`` hears how far it is.
 
-    ``quick``: a TPU's compiler leaves out the search for tiles and more. A block of ``huge`` takes 12 s for 52 and 1.39
-    GiB for 1.27, so memory is near and above; traffic and exchanges are not a run's (`tiny`: twice and four times).
+    ``quick``: compilers leave out what takes most of their time, a TPU's the search for tiles and more, a GPU's Triton
+    kernels for norms and softmax. Memory is near and above; traffic and exchanges are not a run's. A block of ``huge``
+    takes 12 s for 52 on a TPU, and 1.39 GiB for 1.27; `tiny` has twice the traffic and four times the exchanges there.
 
     Raises:
       ValueError: the compiler found no way to fit the step into the target's memory.
@@ -171,9 +176,8 @@ def compile_step(
         stage("traced")
         lowered = traced.lower()
         stage("lowered")
-        options: dict[str, Any] = dict(_GPU_OPTIONS) if mesh.devices.flat[0].platform == "gpu" else {}
-        if quick:
-            options["exec_time_optimization_effort"] = -1.0
+        on_gpu = mesh.devices.flat[0].platform == "gpu"
+        options = (dict(_GPU_OPTIONS) if on_gpu else {}) | (_QUICK["gpu" if on_gpu else "tpu"] if quick else {})
         try:
             compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:

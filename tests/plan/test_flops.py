@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend import core
 
 from skysense_jax.plan import flops
 
@@ -66,3 +67,11 @@ def test_count_equals_the_compilers_on_an_unrolled_mlp():
     compiled = jax.jit(jax.value_and_grad(mlp, argnums=(0, 1, 2))).lower(*shapes).compile()
     ours = counted(jax.value_and_grad(mlp, argnums=(0, 1, 2)), *(s.shape for s in shapes))
     assert compiled.cost_analysis()["flops"] == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("bwd", 5)])
+def test_attention_of_cudnn_counts_its_products(name, products):
+    primitive = core.Primitive(f"dot_product_attention_{name}_wrapper")  # as jax calls it where cuDNN is installed
+    primitive.def_abstract_eval(lambda q, k, v: q)
+    shapes = (2, 64, 4, 32), (2, 128, 4, 32), (2, 128, 4, 32)
+    assert counted(primitive.bind, *shapes) == products * 2 * 2 * 64 * 4 * 32 * 128
