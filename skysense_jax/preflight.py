@@ -10,7 +10,8 @@ import jax
 from absl import app, flags, logging
 
 from skysense_jax import config as config_lib
-from skysense_jax.launch import facts, start
+from skysense_jax import storage
+from skysense_jax.launch import start
 from skysense_jax.launch.roll_call import StartError
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"got {argv[1:]}; wanted --config=FILE --workdir=DIR")
     logging.set_verbosity(logging.INFO)
     try:
-        with start.started(flags.FLAGS.config, facts.local_directory(flags.FLAGS.workdir)):
+        with start.started(flags.FLAGS.config, storage.run_directory(flags.FLAGS.workdir)):
             if jax.process_index() == 0:
                 print("preflight: the run may start")
     except (StartError, ValueError) as error:

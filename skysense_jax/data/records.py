@@ -10,7 +10,6 @@ Blocks: codecs.py. What is accepted: checks.py. Next: views.py, which cuts train
 
 import contextlib
 import dataclasses
-import glob
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from array_record.python import array_record_module
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from skysense_jax import storage
 from skysense_jax.data import codecs
 from skysense_jax.data.checks import (
     FIRST_DAY,
@@ -366,7 +366,7 @@ class RecordSource:
     """Random access to the records of all shards; picklable.
 
     Args:
-      paths: a glob, or files in the order wanted.
+      paths: a glob of files or of gs://bucket/..., or files in the order wanted.
       modalities: what the run uses; the rest of a record is not touched.
 
     Raises:
@@ -374,7 +374,7 @@ class RecordSource:
     """
 
     def __init__(self, paths: str | Sequence[str | os.PathLike], modalities: Sequence[Modality]):
-        files = sorted(glob.glob(paths, recursive=True)) if isinstance(paths, str) else [os.fspath(p) for p in paths]
+        files = storage.matching(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
         if not files:
             raise ValueError(f"config.data.sources: empty dataset: no file matches {paths!r}")
         with futures.ThreadPoolExecutor(min(64, len(files))) as pool:

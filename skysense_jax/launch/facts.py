@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import skysense_jax
+from skysense_jax import storage
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy")
 # Of these a host has what its accelerator needs, or none.
@@ -31,7 +32,6 @@ PLUGINS = (
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 _PER_HOST_FLAG = r"--xla_(dump_\w+|force_host_platform_device_count)"  # may differ between hosts
 SCENES = "scenes"
-_MOUNT = "mount the bucket (gcsfuse, GKE's driver for it, mountpoint-s3) and give the path"
 
 
 def host_name() -> str:
@@ -50,24 +50,6 @@ def collect(*, config_text: str, sources: Sequence[str]) -> dict[str, Any]:
         flags={name: _without_per_host(os.environ.get(name, "")) for name in FLAGS},
         sources={name: source_facts(name) for name in sources if name != SCENES},
     )
-
-
-def local_directory(text: str) -> pathlib.Path:
-    """The absolute path of ``--workdir``.
-
-    Raises:
-      ValueError: it is a file, or lies in a bucket: metrics are appended to, and objects of a bucket cannot be.
-    """
-    if is_url(text):
-        raise ValueError(f"--workdir: got {text}; wanted a directory of a file system: {_MOUNT}")
-    if pathlib.Path(text).is_file():
-        raise ValueError(f"--workdir: got the file {text}; wanted the directory of the run")
-    return pathlib.Path(text).resolve()
-
-
-def is_url(path: str) -> bool:
-    """Whether it is an address such as gs://bucket/name, not a path."""
-    return re.match(r"[a-zA-Z][\w+.-]*://?\w", path) is not None
 
 
 def versions() -> dict[str, str]:
@@ -95,22 +77,23 @@ def _without_per_host(flags: str) -> str:
 
 def source_facts(pattern: str) -> dict[str, Any]:
     """How many files match, their bytes, a digest of names and sizes, and what keeps this process from reading them."""
-    if is_url(pattern):  # its reader would wait for the cloud's metadata server, without a word
-        problem = f"the reader of ArrayRecord opens files only: {_MOUNT}"
-        return dict(files=0, bytes=0, digest="", problem=problem)
-    files, digest, size, problem = sorted(glob.glob(pattern, recursive=True)), hashlib.sha256(), 0, ""
+    files, digest, problem = [], hashlib.sha256(), ""
     try:
-        for file in files:
-            length = os.stat(file).st_size
-            size += length
-            digest.update(f"{os.path.basename(file)} {length}\n".encode())
-        for file in files[:1] + files[-1:]:
-            with open(file, "rb") as opened:
-                opened.read(1)
+        if storage.is_url(pattern):  # refused here where it cannot be read: its reader would wait without a word
+            files = storage.find(pattern)
+        else:
+            files = [(file, os.stat(file).st_size) for file in sorted(glob.glob(pattern, recursive=True))]
+            for file, _ in files[:1] + files[-1:]:
+                with open(file, "rb") as opened:
+                    opened.read(1)
+        problem = "" if files else "no file matches"
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
-    if not files:
-        problem = "no file matches"
+    except ValueError as error:
+        problem = str(error)
+    for file, length in files:
+        digest.update(f"{os.path.basename(file)} {length}\n".encode())
+    size = sum(length for _, length in files)
     return dict(files=len(files), bytes=size, digest=digest.hexdigest()[:12], problem=problem)
 
 
@@ -120,17 +103,19 @@ def source_facts(pattern: str) -> dict[str, Any]:
 class Token:
     """A file in the working directory by which processes see whether it is one and the same for all."""
 
-    def __init__(self, workdir: pathlib.Path, name: str):
+    def __init__(self, workdir: storage.Directory, name: str):
         self._path = workdir / f".preflight-{name}"
 
     def write(self) -> str:
         """Nothing, or why this process cannot write there."""
+        told = storage.problem(str(self._path)) if storage.in_bucket(self._path) else ""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(self._path.name)
+            if not told:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.write_text(self._path.name)
         except OSError as error:
-            return f"{error.strerror} ({host_name()})"
-        return ""
+            told = error.strerror or str(error)
+        return f"{told} ({host_name()})" if told else ""
 
     def is_there(self, *, wait_s: float) -> bool:
         """Whether this process reads what was written; network file systems may show a new file late."""

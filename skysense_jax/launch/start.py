@@ -9,7 +9,6 @@ import collections
 import contextlib
 import functools
 import os
-import pathlib
 import secrets
 import sys
 import time
@@ -23,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import sharding
+from skysense_jax import sharding, storage
 from skysense_jax.launch import facts, processes, report, roll_call
 from skysense_jax.launch.processes import Placement
 from skysense_jax.launch.report import Finding, Report
@@ -44,7 +43,7 @@ _SHARED_WAIT_S = 10.0  # for a file to appear on the other hosts
 
 
 @contextlib.contextmanager
-def started(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Stop]:
+def started(config: ConfigDict, workdir: storage.Directory) -> Iterator[Stop]:
     """All processes of the run, checked and connected; gives what knows whether the run is told to stop.
 
     Raises:
@@ -104,7 +103,7 @@ def _end_at_once(error: BaseException) -> None:
     os._exit(1)
 
 
-def _check_alone(known: dict, workdir: pathlib.Path) -> Report:
+def _check_alone(known: dict, workdir: storage.Directory) -> Report:
     """One process: its data and its working directory; a table all the same."""
     lines, findings = report.compare([known], clock_offsets_s=[0.0])
     token = facts.Token(workdir, secrets.token_hex(4))
@@ -117,7 +116,7 @@ def _check_alone(known: dict, workdir: pathlib.Path) -> Report:
     return checked
 
 
-def _check_together(placement: Placement, known: dict, workdir: pathlib.Path) -> tuple[list[str], Report]:
+def _check_together(placement: Placement, known: dict, workdir: storage.Directory) -> tuple[list[str], Report]:
     """(hosts by process, what was found before JAX), the same on all processes.
 
     Raises:
@@ -157,7 +156,7 @@ def _check_together(placement: Placement, known: dict, workdir: pathlib.Path) ->
         return hosts, checked
 
 
-def _check_workdir(call: RollCall, workdir: pathlib.Path) -> list[str]:
+def _check_workdir(call: RollCall, workdir: storage.Directory) -> list[str]:
     """For each process, on process 0: what is wrong with its working directory, or nothing."""
     name = call.share(secrets.token_hex(4))
     mine = facts.Token(workdir, f"{name}-{call.process_id}")
