@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Shaped, UInt32
 
+from skysense_jax import storage
 from skysense_jax.trees import named_leaves
 
 CheckMeta = Callable[[dict[str, Any]], None]
 _MAX_NAMED = 5  # leaves that an error message lists
+# In what tensorstore says of a bucket.
+_OF_SERVICE = re.compile(
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|http_response"
+)
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -162,10 +168,22 @@ class Checkpoints:
             ),
         )
 
-    def maybe_save(self, step: int, state: Any, *, data_state: dict[str, Any], meta: dict[str, Any]) -> bool:
-        """Whether ``state`` is being saved: every ``every_steps``, and before an announced preemption."""
+    def maybe_save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: dict[str, Any],
+        meta: dict[str, Any],
+        before: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Whether ``state`` is being saved: every ``every_steps``, and before an announced preemption.
+
+        ``before`` is called first: what must be kept by the time that the checkpoint counts.
+        """
         if not self._manager.should_save(step):
             return False
+        before()
         return self.save(step, state, data_state=data_state, meta=meta)
 
     def save(self, step: int, state: Any, *, data_state: dict[str, Any], meta: dict[str, Any]) -> bool:
@@ -215,6 +233,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self._workdir / "damaged_checkpoints"
             aside.mkdir(exist_ok=True)
+            (aside / "README").write_text("Checkpoints that did not verify.\n")  # a bucket has no empty folder
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
@@ -286,7 +305,9 @@ def read_meta(workdir: Any, *, step: int | None = None) -> dict[str, Any]:
 @contextlib.contextmanager
 def _reading(workdir: Any, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     """A manager that only reads, and the steps to try: all, ascending, or ``step``."""
-    directory = epath.Path(pathlib.Path(workdir).resolve()) / "checkpoints"  # Orbax takes absolute paths only
+    if not storage.in_bucket(workdir):
+        workdir = pathlib.Path(workdir).resolve()  # Orbax takes absolute paths only
+    directory = epath.Path(workdir) / "checkpoints"
     if not directory.exists():
         raise ValueError(f"--workdir: there is no {directory}")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
@@ -345,7 +366,7 @@ def _restore_step(
         {path: _shape_text(leaf) for path, leaf in wanted.items()},
         f"the checkpoint of step {step} in {manager.directory}",
     )
-    with _any_error_is_damage():
+    with _any_error_is_damage(manager.directory):
         arguments = ocp.args.StandardRestore(abstract)
         if prefixes is not None:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -359,7 +380,7 @@ def _restore_step(
 
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The JSON of a checkpoint, "data" and "meta", compared with its digest."""
-    with _any_error_is_damage():
+    with _any_error_is_damage(manager.directory):
         items = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         notes = dict(manager.restore(step, args=items))
         if _text_digest(notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]) != notes["meta"]["sha256"]:
@@ -368,16 +389,20 @@ def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _any_error_is_damage() -> Iterator[None]:
+def _any_error_is_damage(directory: epath.Path) -> Iterator[None]:
     """Whatever Orbax, tensorstore or JSON raise on files that are not what was written.
 
-    Not what says nothing of the files: memory that ran out, on the host or a device, and files one may not read.
+    Not what says nothing of the files: memory that ran out, on the host or a device, files one may not read, and a
+    bucket that does not answer or has other credentials than when the run began.
     """
     try:
         yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        of_files = isinstance(error, ValueError | KeyError | FileNotFoundError) and not _OF_SERVICE.search(str(error))
+        if storage.in_bucket(directory) and not of_files:
+            raise
         raise _DamagedError(f"{type(error).__name__}: {error}".split("\n")[0][:500]) from error
 
 

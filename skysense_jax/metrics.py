@@ -2,7 +2,7 @@
 
 Only process 0 writes. ``MetricBuffer`` keeps a step's numbers on the device until a later step is under way, so that
 the host never waits for the step in flight. What is logged is decided in train.py, pictures are drawn in eval/.
-The working directory is a local or mounted one: object stores cannot append to a file.
+The directory is one of a file system, since object stores cannot append: storage.py copies it into a bucket.
 """
 
 import collections
@@ -21,7 +21,11 @@ import jax
 import numpy as np
 from absl import logging
 
+from skysense_jax.storage import Directory
+
 FILE_NAME = "metrics.jsonl"
+_ID_FILE = "wandb_id.txt"
+CONTINUED = (FILE_NAME, _ID_FILE)  # files that a run which goes on reads again
 
 
 @runtime_checkable
@@ -59,7 +63,7 @@ class JsonLines:
         self._file.close()
 
 
-def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Directory) -> list[dict[str, Any]]:
     """The objects of a metrics file; a last line that was cut off while being written is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -86,6 +90,7 @@ class TensorBoard:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, step)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -102,7 +107,7 @@ class WeightsAndBiases:
                 f"config.run.wandb_project is {project!r}, but the package wandb is not installed: "
                 'pip install --editable ".[wandb]", or set config.run.wandb_project=""'
             ) from error
-        id_file = workdir / "wandb_id.txt"
+        id_file = workdir / _ID_FILE
         if not id_file.exists():
             id_file.write_text(wandb.util.generate_id())
         self._run = wandb.init(

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import checkpoint, dry_run, measure, metrics, parameters, profiling, sharding
+from skysense_jax import checkpoint, dry_run, measure, metrics, parameters, profiling, sharding, storage
 from skysense_jax import config as config_lib
 from skysense_jax.assembly import Run, assemble, batch_flops, batch_shapes, make_pipeline
 from skysense_jax.batch import Batch
@@ -26,14 +26,15 @@ from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval import pictures, probes
 from skysense_jax.feed import prefetch
-from skysense_jax.launch.facts import local_directory
 from skysense_jax.launch.roll_call import StartError
 from skysense_jax.launch.start import started
 from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics and pictures go: a directory, or gs://bucket/name."
+)
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "START:END: steps, both included, whose trace goes to WORKDIR/profile."
 )
@@ -70,10 +71,14 @@ class _Monitor:
         """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
         self._notes = (step, numbers)
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def flush(self) -> None:
+        """Writes the numbers of all steps; waits for the last."""
         for ready in self._buffer.flush():
             self._write(*ready)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.flush()
         self._progress.close()
 
     def _write(self, step: int, numbers: dict[str, np.ndarray]) -> None:
@@ -124,7 +129,7 @@ def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
 
 
 def train(
-    config: ConfigDict, workdir: pathlib.Path, *, profile_steps: str | None = None, stop: Stop | None = None
+    config: ConfigDict, workdir: storage.Directory, *, profile_steps: str | None = None, stop: Stop | None = None
 ) -> TrainState:
     """The state after the last step of the run in ``workdir``, begun or continued; ``profile_steps`` as in the flag.
 
@@ -172,21 +177,30 @@ def train(
 
         # ---- outputs
         settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
+        first = jax.process_index() == 0
+        files = storage.SmallFiles(workdir, fetch=metrics.CONTINUED if first else ())
+        stack.callback(files.close)
         writers = metrics.open_writers(
-            workdir,
+            files.path,
             resumed_step=start,
             tensorboard=config.run.tensorboard,
             wandb_project=config.run.wandb_project,
             settings=settings,
         )
         stack.callback(writers.close)
-        (workdir / "config.txt").write_text(config_lib.flat_text(config))
+        if first:
+            (files.path / "config.txt").write_text(config_lib.flat_text(config))
         meta = {"config": config_lib.flat_text(config)}
         monitor = _Monitor(config, pipeline, writers, flops=batch_flops(config, run.modalities))
         profiler = profiling.Profiler(
-            profiled, workdir, after_step=start, begins=monitor.clock.restart, report=monitor.note
+            profiled, files.path, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )
         stack.callback(profiler.close)
+
+        def keep_numbers() -> None:
+            """No number of a step up to here is lost when the run goes on from a checkpoint that is about to count."""
+            monitor.flush()
+            files.send()
 
         # ---- loop
         step_fn = jit_step(run.step, boxed, mesh)
@@ -198,29 +212,32 @@ def train(
                 dry_run.check_element(element, shapes, num_processes=jax.process_count())
             state, step_metrics = profiler.run(step, step_fn, state, batch)
             monitor.after_step(step, step_metrics, element)
-            checkpoints.maybe_save(step, state, data_state=data_state, meta=meta)
+            checkpoints.maybe_save(step, state, data_state=data_state, meta=meta, before=keep_numbers)
             if stop is not None and stop.reached(step):
                 monitor.close()
+                files.send()
                 checkpoints.save(step, state, data_state=data_state, meta=meta)
                 checkpoints.wait()
                 raise Stopped(f"stopped behind step {step}, which is saved")
             every = config.run.pictures_every_steps
             if every and step % every == 0 and step < config.optim.num_steps:
-                write_pictures(config, run, pipeline, state.teacher, element, workdir)
+                write_pictures(config, run, pipeline, state.teacher, element, files.path)
         monitor.close()
+        files.send()
         if start < config.optim.num_steps:
             checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
         checkpoints.wait()
 
         # ---- pictures and probe
-        write_pictures(config, run, pipeline, state.teacher, element or next(source), workdir)
+        write_pictures(config, run, pipeline, state.teacher, element or next(source), files.path)
         networks = {"teacher": state.teacher}
         if config.eval.probe_untrained:
             fresh = create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
             networks["untrained"] = fresh.teacher
         scores = probe(config, run, networks)
-        if jax.process_index() == 0 and scores:
-            (workdir / "probe.json").write_text(json.dumps({"step": config.optim.num_steps, **scores}, indent=2) + "\n")
+        if first and scores:
+            scores = {"step": config.optim.num_steps, **scores}
+            (files.path / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
     return state
 
 
@@ -343,7 +360,7 @@ def main(argv: list[str]) -> None:
         elif _WORKDIR.value is None:
             raise ValueError("--workdir: got nothing; wanted the directory of the run")
         else:
-            workdir = local_directory(_WORKDIR.value)
+            workdir = storage.run_directory(_WORKDIR.value)
             with started(_CONFIG.value, workdir) as stop:
                 train(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value, stop=stop)
     except Stopped as stopped:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from skysense_jax import __version__, assembly, checkpoint, modalities, sharding
+from skysense_jax import __version__, assembly, checkpoint, modalities, sharding, storage
 from skysense_jax import config as config_lib
 from skysense_jax.config_checks import fields_of
 from skysense_jax.export import card, names, write
@@ -26,7 +26,7 @@ _PART_HELP = "fused: backbone and fusion; all: also the queries and heads of pre
 
 
 def export(
-    workdir: pathlib.Path,
+    workdir: storage.Directory,
     out: pathlib.Path,
     *,
     step: int | None,
@@ -42,6 +42,8 @@ def export(
       RuntimeError: no checkpoint verifies.
     """
     write.check_out(out)
+    if storage.in_bucket(workdir) and (told := storage.problem(str(workdir))):
+        raise ValueError(f"--workdir: {workdir}: {told}")
     config = config_lib.unflatten(checkpoint.read_meta(workdir, step=step)["config"])
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     try:
@@ -91,7 +93,7 @@ def _overrides(settings):
 def main(arguments: list[str]) -> None:
     """Exports, and says where to; a wrong argument ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m skysense_jax.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of the run")
+    parser.add_argument("--workdir", required=True, help="of the run; also gs://bucket/name")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest that verifies by default")
     parser.add_argument("--weights", choices=("teacher", "student"), default="teacher")
     parser.add_argument("--part", choices=tuple(PARTS), default="fused", help=_PART_HELP)
@@ -101,7 +103,8 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # a checkpoint of any size fits a host, not always a device
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a manager which only reads does not write
     try:
-        step = export(**given, arguments=arguments)
+        workdir = storage.run_directory(given.pop("workdir"))
+        step = export(workdir, **given, arguments=arguments)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"step {step}, {given['weights']}: {given['out']}")

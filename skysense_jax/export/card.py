@@ -1,13 +1,13 @@
 """The model card of an exported directory: what the weights are, how they were made, how they are used. Text only."""
 
 import json
-import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skysense_jax.metrics import FILE_NAME, read_json_lines
 from skysense_jax.modalities import Modality
+from skysense_jax.storage import Directory
 
 _CARD = """\
 ---
@@ -150,7 +150,7 @@ def _numbers(title: str, numbers: Mapping[str, float | str | None]) -> str:
     return "\n".join(lines + [f"| {key} | {text(value)} |" for key, value in numbers.items()])
 
 
-def last_losses(workdir: pathlib.Path, step: int) -> dict[str, float | str]:
+def last_losses(workdir: Directory, step: int) -> dict[str, float | str]:
     """The losses that a run logged last, not after ``step``; "nan" or "inf" where one was no number. Empty without."""
     path = workdir / FILE_NAME
     lines = [line for line in read_json_lines(path) if line["step"] <= step] if path.is_file() else []
@@ -160,7 +160,7 @@ def last_losses(workdir: pathlib.Path, step: int) -> dict[str, float | str]:
     return {key: lines[-1]["nonfinite"][key] if value is None else value for key, value in losses.items()}
 
 
-def probe_scores(workdir: pathlib.Path, step: int) -> dict[str, float | None]:
+def probe_scores(workdir: Directory, step: int) -> dict[str, float | None]:
     """What the closing probe of a run said of its teacher at ``step``; empty without one, or of another step."""
     path = workdir / "probe.json"
     scores = json.loads(path.read_text()) if path.is_file() else {}

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import assembly, checkpoint, sharding
+from skysense_jax import assembly, checkpoint, sharding, storage
 from skysense_jax import config as config_lib
 from skysense_jax.data.pipeline import FIRST_STATE
 from skysense_jax.export import names, published, write
@@ -262,6 +262,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"got {argv[1:]}; wanted --config=FILE --workdir=RUN --model=DIR")
     jax.config.update("jax_platforms", "cpu")  # a checkpoint of any size fits a host, not always a device
     logging.set_verbosity(logging.ERROR)
+    if storage.is_url(_WORKDIR.value):
+        sys.exit(f"error: --workdir: got {_WORKDIR.value}; wanted a directory, which may be copied into a bucket then")
     given = [None if flag.value is None else pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _MODEL, _SWIN)]
     try:
         print(initialise(_CONFIG.value, given[0], model=given[1], swin=given[2], verify=_VERIFY.value))
