@@ -39,5 +39,15 @@ def _same_log_level():
     logging.get_absl_logger().setLevel(_LEVEL)
 
 
+@pytest.fixture(scope="session")
+def emulator():
+    """The server that gs://bucket is, one a process: the libraries keep their connections."""
+    from emulator import Emulator
+
+    server = Emulator()
+    yield server
+    server.close()
+
+
 def pytest_addoption(parser):
     parser.addoption("--refresh-golden", action="store_true", help="rewrite tests/golden/*.txt from this code")

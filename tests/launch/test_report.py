@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from skysense_jax import storage
 from skysense_jax.launch import facts, report
 
 
@@ -127,16 +128,17 @@ def test_long_lists_of_findings_are_cut():
     assert report.Report("t", {"data": ""}, many).text.endswith("and 30 more")
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
-def test_buckets_are_refused_with_what_to_do(address):
-    with pytest.raises(ValueError, match=r"--workdir: got .*bucket/run; wanted a directory .*mount the bucket"):
-        facts.local_directory(address)
+@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket/run", "gs:/bucket/run"])
+def test_other_addresses_are_refused_with_what_to_do(address):
+    with pytest.raises(ValueError, match=rf"--workdir: got {address}; wanted gs://bucket/name, or a directory"):
+        storage.run_directory(address)
     assert "mount the bucket" in facts.source_facts(f"{address}/*.array_record")["problem"]
 
 
 def test_directories_are_taken_and_files_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert facts.local_directory("a:b/c") == tmp_path / "a:b" / "c"
+    assert storage.run_directory("a:b/c") == tmp_path / "a:b" / "c"
+    assert str(storage.run_directory("gs://bucket/run")) == "gs://bucket/run"
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--workdir: got the file file"):
-        facts.local_directory("file")
+        storage.run_directory("file")
