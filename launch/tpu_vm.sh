@@ -2,7 +2,7 @@
 # Pre-trains on all workers of a TPU VM:  bash launch/tpu_vm.sh NAME ZONE --config=configs/huge.py --workdir=DIR ...
 # Run it where gcloud is logged in. It copies this checkout to every worker, installs it there, and starts the same
 # command everywhere; the workers find each other through the TPU's metadata server. DIR and the data are on storage
-# that all workers mount (launch/README.md). A worker that is pre-empted saves and ends with status 75; this script
+# that all workers mount, or gs://bucket/name (launch/README.md). A worker that is pre-empted saves and ends with status 75; this script
 # then starts the command again once the TPU is there, at most RETRIES times.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: bash $0 NAME ZONE --config=FILE --workdir=DIR [--config.a.b=value ...]" >&2; exit 2; }
@@ -18,7 +18,7 @@ trap 'rm -f "$archive" "$log"' EXIT
 tar -C "$root" --exclude=./.venv --exclude=./.git --exclude=./.cache --exclude=./runs -czf "$archive" .
 gcloud compute tpus tpu-vm scp "$archive" "$name:$target.tar.gz" --zone="$zone" --worker=all
 on_all "mkdir -p $target && tar -C $target -xzf $target.tar.gz && cd $target && { [ -x .venv/bin/python ] ||
-  python3 -m venv .venv; } && .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' --editable ."
+  python3 -m venv .venv; } && .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' --editable '.[gcs]'"
 
 train=$(printf ' %q' -m skysense_jax.train "$@")
 for ((try = 1; try <= retries; try++)); do
