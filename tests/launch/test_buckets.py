@@ -69,7 +69,7 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
         return save(self, step, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
-    resumed = jax.device_get(train.train(config, run, profile_steps="4:4"))
+    resumed = jax.device_get(train.train(config, run))
     assert numbers == {2: [1, 2], 4: [1, 2, 3, 4]}
 
     wanted, got = (dict(jax.tree_util.tree_leaves_with_path(state)) for state in (straight, resumed))
@@ -82,7 +82,6 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     assert _names(run / "checkpoints") == ["4"]
     assert {"views.png", "curves.png"} <= set(_names(run / "pictures"))
     assert len(_names(run / "tensorboard")) == 2  # a file a start
-    assert len(_names(run / "profile" / "plugins" / "profile" / "steps_4_4")) == 2
     assert (run / "config.txt").read_text() == (tmp_path / "straight" / "config.txt").read_text()
 
     weights = []
@@ -92,6 +91,32 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
         weights.append((out / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert "Losses last logged" in (out / "README.md").read_text()
+
+
+def test_small_files_that_changed_are_copied_and_kept_if_they_cannot_be(run, monkeypatch):
+    (run / "numbers").write_text("a")
+    files = storage.SmallFiles(run, fetch=("numbers", "none"))
+    assert [path.name for path in files.path.iterdir()] == ["numbers"]
+    (files.path / "profile" / "steps").mkdir(parents=True)
+    (files.path / "profile" / "steps" / "trace").write_text("t")
+    with (files.path / "numbers").open("a") as opened:
+        opened.write("b")
+    files.send()
+    assert (run / "numbers").read_text() == "ab"
+    assert (run / "profile" / "steps" / "trace").read_text() == "t"
+    (run / "numbers").unlink()
+    files.send()
+    assert not (run / "numbers").exists()  # it had not changed
+    with (files.path / "numbers").open("a") as opened:
+        opened.write("c")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "write_bytes", lambda *args: (_ for _ in ()).throw(OSError("no way")))
+        with pytest.raises(OSError, match="no way"):
+            files.close()
+    assert (files.path / "numbers").read_text() == "abc"
+    files.close()
+    assert not files.path.exists()
+    assert (run / "numbers").read_text() == "abc"
 
 
 def test_two_processes_write_one_run_into_a_bucket(run, start, tmp_path):
