@@ -67,7 +67,7 @@ def _data() -> dict:
     return dict(
         modalities=("hr", "s2", "s1"),  # rows of skysense_jax/modalities.py
         new_modalities=(),  # further rows, each a dict of modalities.Modality's arguments; each needs a num_dates
-        sources=(("scenes", 1.0),),  # (glob of .array_record files or "scenes", share of the mix)
+        sources=(("scenes", 1.0),),  # (glob of .array_record files, also gs://, or "scenes"; share of the mix)
         batch_size=1024,  # samples a step, over all devices [P]
         seed=0,  # order of samples, crops, dates
         num_dates=dict(hr=1, s2=8, s1=4),  # drawn per sample [D]; the predecessor draws 1, 20, 10 [P]

@@ -80,7 +80,7 @@ class StepClock:
 
     def restart(self, step: int) -> None:
         """Leaves out what is not yet in ``numbers``, and all up to where the host learns that ``step`` is done."""
-        self._since, self._first = None, step
+        self._since, self._first = None, max(step, self._first)
 
     def numbers(self, step: int) -> dict[str, float]:
         """Those of the steps after the last call up to ``step``, which has just ended."""

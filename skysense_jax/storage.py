@@ -105,13 +105,17 @@ class SmallFiles:
 
     Objects can be neither appended to nor moved, and are there whole or not at all: what changed in the folder is
     copied into the bucket, by ``send`` before a checkpoint counts and by ``close``.
+
+    Attributes:
+      path: the folder.
+      staged: whether it is one of this host.
     """
 
     def __init__(self, workdir: Directory, *, fetch: Sequence[str] = ()):
         """``fetch``: files that go on in a run that goes on; where they are, they are copied here first."""
         self._workdir, self._sent = workdir, {}
-        self._staged = in_bucket(workdir)
-        if not self._staged:
+        self.staged = in_bucket(workdir)
+        if not self.staged:
             self.path = pathlib.Path(workdir)
             return
         self.path = pathlib.Path(tempfile.mkdtemp(prefix="skysense_jax_"))
@@ -122,7 +126,7 @@ class SmallFiles:
 
     def send(self) -> None:
         """What changed is in the bucket when it returns; in a file system nothing is left to do."""
-        if not self._staged:
+        if not self.staged:
             return
         for path in sorted(path for path in self.path.rglob("*") if path.is_file() and not path.is_symlink()):
             stat = path.stat()
@@ -133,5 +137,5 @@ class SmallFiles:
     def close(self) -> None:
         """Sends, and removes the folder; if that fails, it stays where the log said."""
         self.send()
-        if self._staged:
+        if self.staged:
             shutil.rmtree(self.path)

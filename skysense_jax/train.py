@@ -71,14 +71,16 @@ class _Monitor:
         """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
         self._notes = (step, numbers)
 
-    def flush(self) -> None:
-        """Writes the numbers of all steps; waits for the last."""
+    def catch_up(self, step: int) -> None:
+        """Writes the numbers up to ``step``, the newest, and waits for it; times begin anew behind the next."""
         for ready in self._buffer.flush():
             self._write(*ready)
+        self.clock.restart(step + 1)
 
     def close(self) -> None:
         """Writes what is left."""
-        self.flush()
+        for ready in self._buffer.flush():
+            self._write(*ready)
         self._progress.close()
 
     def _write(self, step: int, numbers: dict[str, np.ndarray]) -> None:
@@ -198,9 +200,10 @@ def train(
         stack.callback(profiler.close)
 
         def keep_numbers() -> None:
-            """No number of a step up to here is lost when the run goes on from a checkpoint that is about to count."""
-            monitor.flush()
-            files.send()
+            """No number up to this step is lost when the run goes on from its checkpoint, on another host."""
+            if files.staged:
+                monitor.catch_up(step)
+                files.send()
 
         # ---- loop
         step_fn = jit_step(run.step, boxed, mesh)
