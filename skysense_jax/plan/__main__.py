@@ -73,6 +73,10 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         f"{samples / seconds:.1f} samples/s, of which each of {hosts} hosts prepares {samples / seconds / hosts:.2f} "
         f"({batch_bytes / seconds / hosts / 1e6:.1f} MB/s as arrays)",
     ]
+    if f.mesh_shape["data"] > 1:
+        more = {target.num_chips * times: f.scaling(target, times) for times in (2, 4, 8)}
+        shares = ", ".join(f"{chips} chips {share:.1%}" for chips, share in more.items())
+        lines.append(f"samples a second and chip with more along data, samples of a chip kept: {shares}")
     return "\n".join(lines)
 
 

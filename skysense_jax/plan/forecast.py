@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from skysense_jax import assembly, sharding, train_state
 from skysense_jax.chips import Chip
-from skysense_jax.plan import flops, program
+from skysense_jax.plan import flops, program, targets
 from skysense_jax.plan.targets import Target
 
 # What libtpu asks of the cloud's metadata server, answered here, where there is none; two processes may compile.
@@ -106,6 +106,21 @@ class Forecast:
     def step_seconds(self, target: Target) -> float:
         """Work and what exchanges add to it."""
         return sum(self.played(target))
+
+    def scaling(self, target: Target, times: int) -> float:
+        """Of a step's seconds, how much they are of those on ``times`` as many chips, samples of a chip kept: along
+        ``data``, which must have two devices or more here for its exchanges to be known.
+
+        Raises:
+          ValueError: so many chips do not exist.
+        """
+        wider = dataclasses.replace(
+            self,
+            schedule=program.widen(self.schedule, "data", times),
+            mesh_shape={**self.mesh_shape, "data": times * self.mesh_shape["data"]},
+        )
+        more = targets.parse(f"{target.chip.name}:{target.num_chips * times}")
+        return self.step_seconds(target) / wider.step_seconds(more)
 
     def exchange_seconds(self, exchange: program.Exchange, target: Target) -> float:
         """Latency and bytes of one exchange: over links while the axes of the exchange, and all within, are linked.

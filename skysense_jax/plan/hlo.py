@@ -169,8 +169,8 @@ def groups(rest: str, num_devices: int) -> list[list[int]]:
 
 
 def _order(text: str, num_devices: int) -> np.ndarray:
-    """The devices in the order of ``<=[sizes]T(axes)``, which turns an array of them; without it as they are."""
-    ids, match = np.arange(num_devices), re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    """The devices in the order of ``[sizes]T(axes)``, which turns an array of them; without it as they are."""
+    ids, match = np.arange(num_devices), re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?\)?$", text)
     if match is None:
         return ids
     ids = ids.reshape([int(n) for n in match[1].split(",")])

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 from skysense_jax.plan import hlo
 
 # Bytes that a device sends in a group of g, per byte of its operand (ring algorithms, which are optimal in bytes).
@@ -142,6 +144,23 @@ def play(
     return working, waiting
 
 
+def widen(events: Sequence[Event], axis: str, times: int) -> tuple[Event, ...]:
+    """The events if ``times`` as many devices lay along a mesh axis, each with the work it has.
+
+    What is exchanged stays, in larger groups; so do samples of a device. An axis of one device has no exchanges.
+    """
+    wider = []
+    for event in events:
+        if isinstance(event, Loop):
+            event = Loop(event.times, widen(event.body, axis, times))
+        elif isinstance(event, Exchange) and axis in event.axes and event.kind != "collective-permute":
+            group = event.group * times
+            sent = event.bytes_sent * (1 - 1 / group) / (1 - 1 / event.group)
+            event = dataclasses.replace(event, group=group, bytes_sent=sent)
+        wider.append(event)
+    return tuple(wider)
+
+
 def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iterator[Event]:
     """Of one computation, calls in their places."""
     computation = program.computations[name]
@@ -240,16 +259,26 @@ def _product_flops(i: hlo.Instruction, computation: hlo.Computation) -> float:
         products = 5 if 'Backward"' in i.rest else 2
         return products * 2.0 * math.prod(operands[0]) * operands[1][1]
     if i.op == "convolution":
-        kernel, labels = operands[1], re.search(r"dim_labels=\w+_(\w+)->", i.rest)[1]
-        size = math.prod(n for n, label in zip(kernel, labels) if label == "i")
-        window = re.search(r"window=\{([^}]*)\}", i.rest)
-        spread = re.search(r"lhs_dilate=([\dx]+)", window[1] if window else "")
-        dilated = [int(n) for n in spread[1].split("x")] if spread else [1] * len(kernel)
-        for n, label in zip(kernel, labels):
-            if label.isdigit():  # of a dilated axis, which is how a batch is written, a window sees every nth place
-                size *= math.ceil(n / dilated[int(label)])
-        return 2.0 * math.prod(i.sizes) * size
+        return _convolution_flops(i, operands)
     return 0.0
+
+
+def _convolution_flops(i: hlo.Instruction, operands: Sequence[tuple[int, ...]]) -> float:
+    """Two for each place of the kernel that lies on the image: TPUs write products and batches of them as convolutions
+    of which most places lie outside, in the padding or between dilated pixels."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    window = re.search(r"window=\{([^}]*)\}", i.rest)
+    fields = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1] if window else ""))
+    image, kernel, out = (dict(zip(names, sizes)) for names, sizes in zip(labels.groups(), (*operands, i.sizes)))
+    flops = 2.0 * out["b"] * out["f"] * kernel["i"]
+    for axis in range(len(i.sizes) - 2):
+        of = lambda field, default, axis=axis: fields.get(field, "x".join([default] * 9)).split("x")[axis]  # noqa: E731
+        stride, spread, dilation = (int(of(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(of("pad", "0_0").split("_")[0])
+        pixels, places = np.arange(out[str(axis)]) * stride - low, np.arange(kernel[str(axis)]) * dilation
+        at = pixels[:, None] + places
+        flops *= int(((at >= 0) & (at <= (image[str(axis)] - 1) * spread) & (at % spread == 0)).sum())
+    return flops
 
 
 def _moved(instruction: hlo.Instruction, computation: hlo.Computation, program: hlo.Text) -> float:

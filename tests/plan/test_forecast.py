@@ -76,6 +76,19 @@ def test_exchange_takes_the_network_where_its_axes_leave_the_host(target, kind, 
     assert found.played(target) == pytest.approx((0.0, 3 * seconds))
 
 
+def test_scaling_counts_larger_groups_along_data_and_no_more_work():
+    target, mesh_shape = targets.parse("h200:16"), dict(data=2, fsdp=8, tensor=1, expert=1)
+    within = program.Exchange("all-gather", ("fsdp",), 8, 7e9)
+    between = program.Exchange("all-reduce", ("data",), 2, 1e9)  # of an operand of 1 GB
+    work = program.Work(989e12, 0.0)
+    found = forecast.Forecast(1, 1, 1, 1.0, (within, program.Loop(2, (between, work))), mesh_shape)
+    alone = found.step_seconds(target)
+    assert alone == pytest.approx(2 + 7 / 450 + 7 * 1.9e-6 + 2 * (1 / 50 + 2 * 4e-6))
+    # 8 along data: 2 x 7/8 GB each, three levels of a tree instead of one
+    assert found.scaling(target, 4) == pytest.approx(alone / (alone + 2 * (0.75 / 50 + 2 * 2 * 4e-6)))
+    assert found.scaling(target, 1) == 1.0
+
+
 def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):
     config, target, mesh, found = planned
     monkeypatch.setattr(forecast, "make_mesh", lambda *_: mesh)

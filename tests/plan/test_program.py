@@ -188,7 +188,7 @@ def test_play_hides_an_exchange_behind_the_work_until_its_end():
         ("mesh['a'=2,'b'=4] {'a','b'}", [0, 1, 2, 3, 4, 5, 6, 7], 1),
         ("mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2], 4),  # the outer half of b
         ("mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1], 4),
-        ("mesh['a'=8], device_ids=([8]<=[2,4]T(1,0)) {'a':(4)2}", [0, 4], 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3], 2),
         ("[4,2]<=[2,4]T(1,0)", [0, 4], 4),
         ("{{0,3},{1,2}}", [0, 3], 2),
     ],
@@ -203,3 +203,35 @@ def test_loop_that_does_not_say_how_often_it_runs_is_refused():
     text = ACCELERATOR.replace("%bound = s32[] constant(8)", "%bound = s32[] negate(%c.0)")
     with pytest.raises(ValueError, match=r"while\.1 does not say how often"):
         program.read(text, {"data": 2, "fsdp": 4})
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "out", "how", "flops"),
+    [
+        # as compilers of TPUs write: x w, w x with the rows of x as places of the kernel, a batch of products, its like
+        ("2,3,5,7", "7,11,1,1", "2,3,5,11", "window={size=1x1}, dim_labels=01bf_io01->01bf", 2 * 2 * 3 * 5 * 7 * 11),
+        (
+            "11,7,1,1",
+            "2,3,5,7",
+            "2,3,5,11",
+            "window={size=2x3 pad=1_1x2_2 rhs_reversal=1x1}, dim_labels=bf01_01oi->01fb",
+            2 * 2 * 3 * 5 * 7 * 11,
+        ),
+        (
+            "2,13,3,7",
+            "2,17,3,7",
+            "2,3,13,17",
+            "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=0b1f_0o1i->01bf",
+            2 * 2 * 3 * 13 * 17 * 7,
+        ),
+    ],
+)
+def test_totals_count_places_of_a_kernel_that_lie_on_the_image(image, kernel, out, how, flops):
+    text = f"""
+ENTRY %main (a: f32[{image}], b: f32[{kernel}]) -> f32[{out}] {{
+  %a = f32[{image}]{{3,2,1,0}} parameter(0)
+  %b = f32[{kernel}]{{3,2,1,0}} parameter(1)
+  ROOT %c = f32[{out}]{{3,2,1,0}} convolution(%a, %b), {how}
+}}
+"""
+    assert program.totals(program.read(text, {"data": 1})).flops == flops
