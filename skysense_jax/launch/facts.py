@@ -115,6 +115,10 @@ class Token:
                 self._path.write_text(self._path.name)
         except OSError as error:
             told = error.strerror or str(error)
+        except Exception as error:  # a bucket's client has errors of its own
+            if not storage.in_bucket(self._path):
+                raise
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
         return f"{told} ({host_name()})" if told else ""
 
     def is_there(self, *, wait_s: float) -> bool:

@@ -137,7 +137,7 @@ def play(
             else:
                 waiting += free - now
         elif isinstance(event, Wait):
-            waiting += max(ends.pop(event.name) - now, 0.0)
+            waiting += max(ends.pop(event.name, now) - now, 0.0)  # begun before a loop: no wait is known
         else:
             works, waits = play(event.body, work_seconds, exchange_seconds)
             working, waiting = working + event.times * works, waiting + event.times * waits

@@ -267,3 +267,14 @@ def test_emulator_answers_as_the_service_where_it_matters(run):
     (run / "a").rename(run.parent / f"{run.name}-moved")
     assert not (run / "a").exists()
     assert _names(run.parent / f"{run.name}-moved") == ["x"]
+
+
+def test_client_that_fails_while_preflight_writes_is_told_in_one_line(monkeypatch):
+    token = facts.Token(epath.Path("gs://bucket/run"), "a")
+
+    def fail(*_, **__):
+        raise RuntimeError("503, busy\nand more")
+
+    monkeypatch.setattr(storage, "problem", lambda url: "")
+    monkeypatch.setattr(type(token._path), "mkdir", fail)
+    assert token.write().startswith("RuntimeError: 503, busy (")
