@@ -1,6 +1,6 @@
 """huge: width 352. Source: SkySense V2 (arXiv 2507.13812), 665 M parameters in the backbone.
 
-Command: python -m skysense_jax.train --config=configs/huge.py --workdir=RUN
+Command: python -m skysense_jax.train --config=configs/huge.py:v5p:64 --workdir=RUN
 Chips: the paper has 128 H20 at batch 1024; not run, step time not known (91 TFLOP a sample and step by formula).
 """
 

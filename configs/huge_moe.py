@@ -1,7 +1,7 @@
 """huge_moe: huge with a mixture of 8 experts in the last blocks of the backbone.
 
 Source: SkySense V2 (arXiv 2507.13812).
-Command: python -m skysense_jax.train --config=configs/huge_moe.py --workdir=RUN
+Command: python -m skysense_jax.train --config=configs/huge_moe.py:v5p:64 --workdir=RUN
 Chips: as huge; not run.
 """
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Pre-trains on all workers of a TPU VM:  bash launch/tpu_vm.sh NAME ZONE --config=configs/huge.py --workdir=DIR ...
+# Pre-trains on all workers of a TPU VM:  bash launch/tpu_vm.sh NAME ZONE --config=configs/huge.py:v5p:64 --workdir=DIR ...
 # Run it where gcloud is logged in. It copies this checkout to every worker, installs it there, and starts the same
 # command everywhere; the workers find each other through the TPU's metadata server. DIR and the data are on storage
-# that all workers mount, or gs://bucket/name (launch/README.md). A worker that is pre-empted saves and ends with status 75; this script
-# then starts the command again once the TPU is there, at most RETRIES times.
+# that all workers mount, or gs://bucket/name (launch/README.md). A worker that is pre-empted saves and ends with
+# status 75; this script then starts the command again once the TPU is there, at most RETRIES times.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: bash $0 NAME ZONE --config=FILE --workdir=DIR [--config.a.b=value ...]" >&2; exit 2; }
 name=$1 zone=$2
@@ -23,7 +23,7 @@ on_all "mkdir -p $target && tar -C $target -xzf $target.tar.gz && cd $target && 
 train=$(printf ' %q' -m skysense_jax.train "$@")
 for ((try = 1; try <= retries; try++)); do
   status=0
-  on_all "cd $target && source launch/tpu_env.sh && exec .venv/bin/python$train" 2>&1 | tee "$log" || status=$?
+  on_all "cd $target && exec .venv/bin/python$train" 2>&1 | tee "$log" || status=$?
   [ "$status" -eq 0 ] && exit 0
   echo "$(date -Is) try $try of $retries ended with status $status" >&2
   # The trainer says that it is to be started again; 255: the connection was lost, as when a worker is taken away.

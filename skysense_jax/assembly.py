@@ -4,6 +4,7 @@ Nothing is allocated here. Next: train.py, export/from_torch.py.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
       ValueError: an implementation that the platform has not.
     """
     platform, asked = platform or jax.default_backend(), config.efficiency.attention
-    nvidia = platform == "gpu"
+    nvidia = platform == "gpu" and not _is_older_or_other(jax.devices()[0])
     if asked == "cudnn" and not nvidia:
         raise ValueError(f"config.efficiency.attention: got 'cudnn' on {platform}; wanted 'auto' or 'xla' there")
     chosen = asked
@@ -58,6 +59,15 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
         if problems:
             logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
     return {**config.efficiency, "attention": chosen}
+
+
+def _is_older_or_other(device: Any) -> bool:
+    """Whether this machine's own GPU is none that cuDNN's attention runs on; of a target that is not here, nothing is
+    known but its kind, and all kinds that are planned for are new enough."""
+    if device.platform != "gpu":
+        return False
+    capability = str(getattr(device, "compute_capability", "0"))  # "9.0"; AMD's is a name
+    return not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8.0
 
 
 def assemble(config: ConfigDict, platform: str | None = None) -> Run:

@@ -21,7 +21,7 @@ _TIMEOUT_S = 30.0  # for a bucket to answer, retries included
 
 def is_url(path: object) -> bool:
     """Whether it is an address such as gs://bucket/name, not a path."""
-    return re.match(r"[a-zA-Z][\w+.-]*://?\w", str(path)) is not None
+    return re.match(r"[a-zA-Z][\w+.-]*:/", str(path)) is not None
 
 
 def in_bucket(path: object) -> bool:
@@ -82,7 +82,11 @@ def find(pattern: str) -> list[tuple[str, int]]:
 
     system = fsspec.filesystem("gs")
     system.invalidate_cache()  # what another process wrote must be seen
-    found = system.glob(pattern, detail=True)
+    try:
+        found = system.glob(pattern, detail=True)
+    except Exception as error:  # of authentication, of the service or of the network: each has its own family
+        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{said}; wanted the right to list it, storage.objects.list") from error
     return sorted((f"gs://{name}", info["size"]) for name, info in found.items() if info["type"] == "file")
 
 

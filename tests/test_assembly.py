@@ -1,6 +1,7 @@
 """What a config means on the devices that its step is for."""
 
 import logging
+import types
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_efficiency_shapes_that_cudnn_cannot_train_on_fall_back_with_one_line(co
     with caplog.at_level(logging.INFO, logger="absl"):
         assert assembly.efficiency(config, "gpu")["attention"] == "xla"
     assert "num_dates: got 12" in caplog.text
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [("9.0", "cudnn"), ("7.5", "xla"), ("gfx942", "xla")])
+def test_efficiency_attention_asks_the_gpu_that_is_here(config, capability, chosen, monkeypatch):
+    here = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(assembly.jax, "devices", lambda: [here])
+    assert assembly.efficiency(config, "gpu")["attention"] == chosen
 
 
 def test_efficiency_cudnn_elsewhere_is_refused(config):

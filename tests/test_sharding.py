@@ -52,6 +52,30 @@ def test_constrain_under_a_mesh_is_in_the_lowered_program_and_outside_is_not():
     assert '[{"data", "fsdp", "expert"}, {}, {}]' in lowered
 
 
+@pytest.mark.parametrize(
+    ("size", "axes", "placed"),
+    [
+        (8, (EMBED, MLP), ("fsdp", "tensor")),
+        (6, (EMBED, MLP), (None, "tensor")),  # fsdp 4 does not divide 6: whole, as such parameters are
+        (8, (UNSHARDED, EMBED), (None, "fsdp")),
+    ],
+)
+def test_gathered_is_its_weight_and_its_gradient_lies_where_the_weight_does(size, axes, placed):
+    shape = (size, 4) if axes[0] == EMBED else (4, size)
+    weight = jnp.arange(size * 4.0).reshape(shape)
+    x = jnp.linspace(0.0, 1.0, 8 * shape[0]).reshape(8, shape[0])
+    loss = lambda weight, x: jnp.square(x @ sharding.gathered(weight, *axes)).sum()  # noqa: E731
+    wanted = jax.value_and_grad(lambda weight, x: jnp.square(x @ weight).sum())(weight, x)
+    with jax.set_mesh(make_mesh(1, 4, 2, 1)):
+        found = jax.jit(jax.value_and_grad(loss))(weight, x)
+        lowered = jax.jit(jax.grad(loss)).lower(weight, x).as_text()
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
+    assert found[1].sharding.spec == PartitionSpec(*placed)
+    assert "sharding_constraint" in lowered
+    np.testing.assert_allclose(jax.grad(loss)(weight, x), wanted[1], rtol=1e-6)  # outside a mesh too
+
+
 def test_constrain_names_decide_where_the_result_lives():
     with jax.set_mesh(make_mesh(2, 2, 2, 1)):
         out = jax.jit(lambda x: constrain(x, BATCH, ACTIVATION, MLP))(jnp.ones((8, 3, 4)))

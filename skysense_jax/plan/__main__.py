@@ -5,6 +5,7 @@ several meshes and ways of recomputing instead and recommends one. Plans are kep
 stderr.
 """
 
+import contextlib
 import importlib.metadata
 import shlex
 import sys
@@ -52,6 +53,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         "",
         "of one device and step",
         row("FLOPs as traced, T", f"{f.flops / 1e12:.4f}", f"{f.flops / model_flops:.2f} x the model's by formula"),
+        row("FLOPs of its instructions, T", f"{f.totals.flops / 1e12:.4f}"),
         row("memory traffic, GB", f"{f.totals.memory_bytes / 1e9:.2f}"),
     ]
     for c in f.totals.collectives:
@@ -73,11 +75,19 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         f"{samples / seconds:.1f} samples/s, of which each of {hosts} hosts prepares {samples / seconds / hosts:.2f} "
         f"({batch_bytes / seconds / hosts / 1e6:.1f} MB/s as arrays)",
     ]
-    if f.mesh_shape["data"] > 1:
-        more = {target.num_chips * times: f.scaling(target, times) for times in (2, 4, 8)}
-        shares = ", ".join(f"{chips} chips {share:.1%}" for chips, share in more.items())
+    if more := _more_chips(target) if f.mesh_shape["data"] > 1 else []:
+        shares = ", ".join(f"{wider.num_chips} chips {f.scaling(target, wider):.1%}" for wider in more)
         lines.append(f"samples a second and chip with more along data, samples of a chip kept: {shares}")
     return "\n".join(lines)
+
+
+def _more_chips(target: targets.Target) -> list[targets.Target]:
+    """2, 4 and 8 times as many, as far as so many exist."""
+    found = []
+    for times in (2, 4, 8):
+        with contextlib.suppress(ValueError):
+            found.append(targets.parse(f"{target.chip.name}:{target.num_chips * times}"))
+    return found
 
 
 def _compilers(chip: targets.Chip) -> str:

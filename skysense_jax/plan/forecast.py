@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from skysense_jax import assembly, sharding, train_state
 from skysense_jax.chips import Chip
-from skysense_jax.plan import flops, program, targets
+from skysense_jax.plan import flops, program
 from skysense_jax.plan.targets import Target
 
 # What libtpu asks of the cloud's metadata server, answered here, where there is none; two processes may compile.
@@ -107,19 +107,15 @@ class Forecast:
         """Work and what exchanges add to it."""
         return sum(self.played(target))
 
-    def scaling(self, target: Target, times: int) -> float:
-        """Of a step's seconds, how much they are of those on ``times`` as many chips, samples of a chip kept: along
-        ``data``, which must have two devices or more here for its exchanges to be known.
-
-        Raises:
-          ValueError: so many chips do not exist.
-        """
+    def scaling(self, target: Target, more: Target) -> float:
+        """A step's seconds over those on more chips of the kind, each with the samples that it has: along ``data``,
+        which must have two devices or more here for its exchanges to be known."""
+        times = more.num_chips // target.num_chips
         wider = dataclasses.replace(
             self,
             schedule=program.widen(self.schedule, "data", times),
             mesh_shape={**self.mesh_shape, "data": times * self.mesh_shape["data"]},
         )
-        more = targets.parse(f"{target.chip.name}:{target.num_chips * times}")
         return self.step_seconds(target) / wider.step_seconds(more)
 
     def exchange_seconds(self, exchange: program.Exchange, target: Target) -> float:
@@ -140,10 +136,13 @@ class Forecast:
         latency += (math.log2(nodes) if reduces else nodes - 1) * chip.network_latency
         if exchange.kind in ("all-to-all", "ragged-all-to-all", "collective-permute"):  # straight to their receivers
             latency = chip.link_latency if nodes == 1 else chip.network_latency
-        bandwidth = chip.link_bandwidth
-        if nodes > 1:
-            bandwidth = min(bandwidth, members * chip.network_bandwidth)
-        return latency * (2 if reduces else 1) + exchange.bytes_sent / bandwidth
+        seconds = exchange.bytes_sent / chip.link_bandwidth
+        if nodes > 1 and "all-to-all" in exchange.kind:  # each device's own network takes what is for other hosts
+            operand = exchange.bytes_sent / (1 - 1 / group)
+            seconds = max(seconds, operand * (1 - 1 / nodes) / chip.network_bandwidth)
+        elif nodes > 1:
+            seconds = max(seconds, exchange.bytes_sent / (members * chip.network_bandwidth))
+        return latency * (2 if reduces else 1) + seconds
 
 
 def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:

@@ -105,7 +105,9 @@ class Text:
             if counter is not None and counter.op in ("add", "fusion"):
                 added = {name: body[name] for name in counter.operands if name in body}
                 steps = self._whole_numbers(added | {counter.name: counter}) or steps
-        return math.ceil(bounds.pop() / max(steps))
+        if len(steps) != 1:
+            raise ValueError(f"loop {loop.name} does not say by how much it counts")
+        return math.ceil(bounds.pop() / steps.pop())
 
     def _whole_numbers(self, computation: Computation) -> set[int]:
         """Constants of a computation and of the fusions in it."""

@@ -174,7 +174,8 @@ def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iter
         elif _kind(i.op) in _SENT:
             yield from _exchange(i, computation, mesh_shape, i.name if i.op.endswith("-start") else "")
         elif i.op == "async-start" and inside:
-            yield from _exchange(*inside[0], mesh_shape, i.name)
+            for exchange, its in inside:
+                yield from _exchange(exchange, its, mesh_shape, i.name)
         elif i.op.endswith("-done"):
             if (start := _start(i, computation)) and _group(start, program, mesh_shape) > 1:
                 yield Wait(start.name)
@@ -290,6 +291,8 @@ def _moved(instruction: hlo.Instruction, computation: hlo.Computation, program: 
         return instruction.main_bytes + (instruction.num_bytes if operands[0] else 0.0)
     if op in ("dynamic-update-slice", "scatter"):
         return 2 * sum(operands[1 if op == "dynamic-update-slice" else 2 :])
+    if op == "copy-start":  # its result names source and copy
+        return instruction.main_bytes
     if op != "fusion":
         return instruction.main_bytes + sum(operands)
     inside = program.computations[instruction.called[0]]

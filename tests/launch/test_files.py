@@ -115,6 +115,13 @@ def test_commands_of_jobsets_give_fields_that_exist(jobset):
     assert file.endswith(f":{num_devices}")
 
 
+def test_files_that_others_source_exist():
+    texts = [path.read_text() for path in (ROOT / "launch").glob("*.*") if path.suffix != ".md"]
+    sourced = {name for text in texts for name in re.findall(r"source (?:\"\$root/)?(launch/[\w.]+)", text)}
+    assert "launch/gpu_env.sh" in sourced
+    assert [name for name in sorted(sourced) if not (ROOT / name).is_file()] == []
+
+
 def test_sbatch_file_asks_for_a_signal_in_time_and_to_be_requeued():
     options = re.findall(r"(?m)^#SBATCH (\S+)$", (ROOT / "launch" / "slurm.sbatch").read_text())
     assert {"--requeue", "--signal=USR1@300", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)

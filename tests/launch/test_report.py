@@ -128,7 +128,7 @@ def test_long_lists_of_findings_are_cut():
     assert report.Report("t", {"data": ""}, many).text.endswith("and 30 more")
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket/run", "gs:/bucket/run"])
+@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket/run", "gs:/bucket/run", "gs:///run", "gs://"])
 def test_other_addresses_are_refused_with_what_to_do(address):
     with pytest.raises(ValueError, match=rf"--workdir: got {address}; wanted gs://bucket/name, or a directory"):
         storage.run_directory(address)

@@ -63,6 +63,7 @@ def test_report_says_what_does_not_depend_on_rates(planned):
         ("h200:16", "all-reduce", ("data",), 2, 1 / 50 + 2 * 4e-6),
         ("h200:16", "all-reduce", ("data", "fsdp"), 16, 1 / 400 + 2 * (7 * 1.9e-6 + 4e-6)),
         ("h200:16", "all-to-all", ("data",), 2, 1 / 50 + 4e-6),
+        ("h200:16", "all-to-all", ("data", "fsdp"), 16, 16 / 15 / 2 / 50 + 4e-6),  # half of it for the other host
         # one slice: half way around a torus of 16 chips, all axes together
         ("v5p:16", "all-gather", ("data", "fsdp"), 16, 1 / 300 + 3 * 16 ** (1 / 3) / 2 * 1e-6),
     ],
@@ -85,8 +86,15 @@ def test_scaling_counts_larger_groups_along_data_and_no_more_work():
     alone = found.step_seconds(target)
     assert alone == pytest.approx(2 + 7 / 450 + 7 * 1.9e-6 + 2 * (1 / 50 + 2 * 4e-6))
     # 8 along data: 2 x 7/8 GB each, three levels of a tree instead of one
-    assert found.scaling(target, 4) == pytest.approx(alone / (alone + 2 * (0.75 / 50 + 2 * 2 * 4e-6)))
-    assert found.scaling(target, 1) == 1.0
+    assert found.scaling(target, targets.parse("h200:64")) == pytest.approx(
+        alone / (alone + 2 * (0.75 / 50 + 2 * 2 * 4e-6))
+    )
+    assert found.scaling(target, target) == 1.0
+
+
+@pytest.mark.parametrize(("target", "more"), [("h20:6", []), ("h20:8", [16, 32, 64]), ("v5e:128", [256, 512, 1024])])
+def test_more_chips_are_those_that_exist(target, more):
+    assert [wider.num_chips for wider in command._more_chips(targets.parse(target))] == more
 
 
 def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch, capsys):

@@ -34,3 +34,4 @@ def test_kept_plan_is_of_the_config_as_it_is(path):
     wanted = config_lib.fingerprint(config, command._PLANNED)
     assert f"config {wanted}" in text, f"the config has changed: make the plan again: {first[2:]}"
     assert f"{target.num_chips} x {target.chip.name}" in text
+    assert ("--quick" in first) == ("compiled quickly" in text)
