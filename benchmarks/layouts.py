@@ -9,28 +9,32 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.layouts 
 """
 
 import argparse
-import importlib
+import contextlib
 import math
+import re
 import time
 
 import jax
 
 from benchmarks.timing import median_seconds
 from skysense_jax import assembly, feed, sharding, train_state
+from skysense_jax import config as config_lib
 from skysense_jax.plan import flops
 
 
 def compiled(name, layout, batch_size):
     """A function that runs one step of a config after another, its FLOPs as traced, and the seconds to compile it."""
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = config_lib.load(f"configs/{name}.py").unlock()
     config.data.batch_size = batch_size
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout, strict=True)))
+    config_lib.validate(config, num_devices=math.prod(layout))
     run = assembly.assemble(config)
     shapes = assembly.batch_shapes(config, run.modalities)
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[: math.prod(layout)])
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
-        batch = feed.to_device(next(iter(assembly.make_pipeline(config))), mesh)
+        with contextlib.closing(iter(assembly.make_pipeline(config))) as source:
+            batch = feed.to_device(next(source), mesh)
         state = [train_state.create_state(run.network, run.optimizer, shapes, seed=0, mesh=mesh)]
         start = time.perf_counter()
         traced = train_state.jit_step(run.step, boxed, mesh).trace(state[0], batch)
@@ -53,7 +57,9 @@ def main():
     steps = []
     for text in args.step:
         name, _, sizes = text.partition(":")
-        layout = tuple(int(size) for size in sizes.split(",")) if sizes else (1, 1, 1, 1)
+        layout = tuple(int(size) for size in re.findall(r"\d+", sizes)) or (1, 1, 1, 1)
+        if len(layout) != 4 or math.prod(layout) > jax.device_count():
+            parser.error(f"got --step={text} on {jax.device_count()} devices; wanted CONFIG[:data,fsdp,tensor,expert]")
         steps.append((name, layout, *compiled(name, layout, args.batch)))
     seconds = median_seconds([step[2] for step in steps], args.repeats)
     print(f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}, batch {args.batch}")
