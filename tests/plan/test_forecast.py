@@ -92,7 +92,9 @@ def test_scaling_counts_larger_groups_along_data_and_no_more_work():
     assert found.scaling(target, target) == 1.0
 
 
-@pytest.mark.parametrize(("target", "more"), [("h20:6", [24, 48]), ("h20:8", [16, 32, 64]), ("v5e:128", [256, 512, 1024])])
+@pytest.mark.parametrize(
+    ("target", "more"), [("h20:6", [24, 48]), ("h20:8", [16, 32, 64]), ("v5e:128", [256, 512, 1024])]
+)
 def test_more_chips_are_those_that_exist(target, more):
     assert [wider.num_chips for wider in command._more_chips(targets.parse(target))] == more
 
