@@ -7,7 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from skysense_jax.plan import targets
+from skysense_jax import targets
 
 _ENOUGH = 64  # chips that a state of 20 GB and more is divided over; more only lengthens the exchanges
 

@@ -49,25 +49,23 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
       ValueError: an implementation that the platform has not.
     """
     platform, asked = platform or jax.default_backend(), config.efficiency.attention
-    nvidia = platform == "gpu" and not _is_older_or_other(jax.devices()[0])
-    if asked == "cudnn" and not nvidia:
+    has_cudnn = platform == "gpu" and _takes_cudnn(jax.devices()[0])
+    if asked == "cudnn" and not has_cudnn:
         raise ValueError(f"config.efficiency.attention: got 'cudnn' on {platform}; wanted 'auto' or 'xla' there")
     chosen = asked
     if asked == "auto":
-        problems = list(config_checks.cudnn_problems(config)) if nvidia else []
-        chosen = "cudnn" if nvidia and not problems else "xla"
+        problems = list(config_checks.cudnn_problems(config)) if has_cudnn else []
+        chosen = "cudnn" if has_cudnn and not problems else "xla"
         if problems:
             logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
     return {**config.efficiency, "attention": chosen}
 
 
-def _is_older_or_other(device: Any) -> bool:
-    """Whether this machine's own GPU is none that cuDNN's attention runs on; of a target that is not here, nothing is
-    known but its kind, and all kinds that are planned for are new enough."""
-    if device.platform != "gpu":
-        return False
+def _takes_cudnn(device: Any) -> bool:
+    """Whether cuDNN's attention runs on this machine's GPU: NVIDIA's from capability 8.0 on. Where there is none, the
+    step is compiled for one that is elsewhere, and all kinds of targets.py are new enough."""
     capability = str(getattr(device, "compute_capability", "0"))  # "9.0"; AMD's is a name
-    return not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8.0
+    return device.platform != "gpu" or (re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8)
 
 
 def assemble(config: ConfigDict, platform: str | None = None) -> Run:

@@ -50,8 +50,8 @@ class Chip:
 
 def _tpu(name, memory_gib, teraflops, bandwidth, link_gbits, largest, cores, dimensions, *kinds) -> Chip:
     source = f"Google Cloud TPU documentation, {name}; memory as its compiler states it"
-    # Links are quoted as both directions of all of them; 100 Gbit/s to the network for a host of four chips. Latencies
-    # are orders of magnitude: "about a microsecond" a hop (Austin et al., How to Scale Your Model), ten on the network.
+    # Links are quoted as both directions of all of them; 100 Gbit/s to the network for a host of four chips. Latency:
+    # a microsecond a hop (Austin et al., How to Scale Your Model, on sharded matrices); ten on the network are a guess.
     rates = teraflops * 1e12, bandwidth * GB, link_gbits / 16 * GB, 3.1 * GB, 1e-6, 1e-5
     return Chip(name, "tpu", int(memory_gib * GIB), *rates, 4, largest, cores, dimensions, source, kinds)
 

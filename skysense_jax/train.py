@@ -6,7 +6,6 @@ The same command again goes on where the run stopped. Any field is overridden wi
 
 import contextlib
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -231,16 +230,8 @@ def train(
             checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
         checkpoints.wait()
 
-        # ---- pictures and probe
         write_pictures(config, run, pipeline, state.teacher, element or next(source), files.path)
-        networks = {"teacher": state.teacher}
-        if config.eval.probe_untrained:
-            fresh = create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
-            networks["untrained"] = fresh.teacher
-        scores = probe(config, run, networks)
-        if first and scores:
-            scores = {"step": config.optim.num_steps, **scores}
-            (files.path / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+        write_probe(config, run, state, mesh, files.path)
     return state
 
 
@@ -278,6 +269,20 @@ def _picture_samples(config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeli
         return [scenes.render(i, complete=True, modalities=names, **_held_out(config)).sample for i in indices]
     found = pipeline.samples(3 * _PICTURED)
     return sorted(found, key=lambda sample: -sum(len(sample.days(row.name)) > 0 for row in run.modalities))[:_PICTURED]
+
+
+def write_probe(config: ConfigDict, run: Run, state: TrainState, mesh: sharding.Mesh, directory: pathlib.Path) -> None:
+    """Probes the teacher, and if asked the network as it was at the start; process 0 writes ``probe.json``."""
+    networks = {"teacher": state.teacher}
+    if config.eval.probe_untrained:
+        shapes = batch_shapes(config, run.modalities)
+        networks["untrained"] = create_state(
+            run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh
+        ).teacher
+    scores = probe(config, run, networks)
+    if jax.process_index() == 0 and scores:
+        scores = {"step": config.optim.num_steps, **scores}
+        (directory / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def probe(config: ConfigDict, run: Run, networks: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -67,7 +67,8 @@ ALLOWED = {
     },
     "launch": {"config", "sharding", "storage"},
     "preflight": {"config", "launch", "storage"},
-    "plan": {"assembly", "chips", "config", "dry_run", "modalities", "sharding", "train_state"},
+    "targets": {"chips"},
+    "plan": {"assembly", "chips", "config", "dry_run", "modalities", "sharding", "targets", "train_state"},
     "export": {
         "assembly",
         "checkpoint",

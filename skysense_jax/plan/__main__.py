@@ -14,12 +14,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import assembly, dry_run, modalities
+from skysense_jax import assembly, dry_run, modalities, targets
 from skysense_jax import config as config_lib
 from skysense_jax.chips import GIB
 from skysense_jax.plan import forecast as forecast_lib
 from skysense_jax.plan import sweep as sweep_lib
-from skysense_jax.plan import targets
 
 _FULL = 0.85  # of a chip's memory; what is left is for fragments, the input batches ahead and the collectives' buffers
 _REMEDIES = (

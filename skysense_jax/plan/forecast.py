@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from skysense_jax import assembly, sharding, train_state
 from skysense_jax.chips import Chip
 from skysense_jax.plan import flops, program
-from skysense_jax.plan.targets import Target
+from skysense_jax.targets import Target
 
 # What libtpu asks of the cloud's metadata server, answered here, where there is none; two processes may compile.
 _TPU_ENVIRONMENT = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from skysense_jax.plan.forecast import Forecast
-from skysense_jax.plan.targets import Target
+from skysense_jax.targets import Target
 
 REMATS = ("none", "matmuls", "blocks")
 

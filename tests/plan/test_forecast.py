@@ -6,9 +6,9 @@ import jax
 import pytest
 from micro import micro_config
 
-from skysense_jax import assembly, sharding, train_state
+from skysense_jax import assembly, sharding, targets, train_state
 from skysense_jax.plan import __main__ as command
-from skysense_jax.plan import forecast, program, targets
+from skysense_jax.plan import forecast, program
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from skysense_jax import config as config_lib
+from skysense_jax import targets
 from skysense_jax.plan import __main__ as command
-from skysense_jax.plan import targets
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEPT = sorted((ROOT / "docs" / "plans").glob("*.txt"))

@@ -6,10 +6,10 @@ import jax
 import pytest
 from micro import micro_config
 
-from skysense_jax import train_state
+from skysense_jax import targets, train_state
 from skysense_jax.chips import GIB
 from skysense_jax.plan import __main__ as command
-from skysense_jax.plan import forecast, program, sweep, targets
+from skysense_jax.plan import forecast, program, sweep
 
 
 def made_up(seconds, gib, target):

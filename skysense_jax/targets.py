@@ -1,6 +1,6 @@
 """Targets that a step is planned for: so many chips of a kind (chips.py), and which topology they make.
 
-Nothing here imports an accelerator's compiler. Next: forecast.py.
+Nothing here imports jax or an accelerator's compiler. Next: plan/forecast.py.
 """
 
 import dataclasses

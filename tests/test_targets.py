@@ -2,7 +2,7 @@
 
 import pytest
 
-from skysense_jax.plan import targets
+from skysense_jax import targets
 
 
 @pytest.mark.parametrize(
