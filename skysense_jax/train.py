@@ -6,6 +6,7 @@ The same command again goes on where the run stopped. Any field is overridden wi
 
 import contextlib
 import functools
+import json
 import pathlib
 import sys
 from collections.abc import Mapping
