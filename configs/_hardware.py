@@ -9,14 +9,14 @@ from ml_collections import ConfigDict
 
 from skysense_jax import targets
 
-_ENOUGH = 64  # chips that a state of 20 GB and more is divided over; more only lengthens the exchanges
+_ENOUGH = 8  # chips that parameters are divided over: 3 GiB of state are left of `huge`; of 64, shards of 11 rows
 
 
 def on(config: ConfigDict, target: str) -> ConfigDict:
     """``config`` with mesh and parts for a target; as it is without one.
 
-    Parameters are divided over chips that links join: a host of GPUs, a TPU slice up to 64; a mixture's experts too,
-    which have the innermost axis; what is left holds copies. Prototype logits are made a sample at a time.
+    Parameters are divided over 8 chips that links join, of a mixture over 8 for each expert, which have the innermost
+    axis; what is left holds copies. Prototype logits are made a sample at a time.
 
     Raises:
       ValueError: no such target.
@@ -24,8 +24,9 @@ def on(config: ConfigDict, target: str) -> ConfigDict:
     if not target:
         return config
     there, backbone = targets.parse(target), config.model.backbone
-    linked = min(there.chips_per_slice, there.chip.largest_slice, _ENOUGH)
+    linked = min(there.chips_per_slice, there.chip.largest_slice)
     expert = math.gcd(backbone.num_experts, linked) if backbone.num_moe_blocks else 1
-    config.mesh.update(data=there.num_chips // linked, fsdp=linked // expert, tensor=1, expert=expert)
+    fsdp = min(linked // expert, _ENOUGH)
+    config.mesh.update(data=there.num_chips // (fsdp * expert), fsdp=fsdp, tensor=1, expert=expert)
     config.parts.logits = max(config.data.batch_size // there.num_chips // config.parts.microbatches, 1)
     return config

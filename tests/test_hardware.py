@@ -11,11 +11,12 @@ from skysense_jax import config_checks
 @pytest.mark.parametrize(
     ("name", "mesh", "logits"),
     [
-        ("huge.py:v5p:64", (1, 64, 1, 1), 16),
-        ("huge.py:v5p-128", (1, 64, 1, 1), 16),  # the cloud's name counts cores
+        ("huge.py:v5p:64", (8, 8, 1, 1), 16),
+        ("huge.py:v5p-128", (8, 8, 1, 1), 16),  # the cloud's name counts cores
         ("huge.py:h20:128", (16, 8, 1, 1), 8),
         ("huge_moe.py:h200:64", (8, 1, 1, 8), 16),
         ("huge_moe.py:v5p:64", (1, 8, 1, 8), 16),
+        ("huge_moe.py:v5e:512", (8, 8, 1, 8), 2),
         ("tiny.py:v5e:4", (1, 4, 1, 1), 1),
     ],
 )
