@@ -5,6 +5,7 @@ Nothing is allocated here. Next: train.py, export/from_torch.py.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -112,14 +113,13 @@ def assemble(config: ConfigDict, platform: str | None = None) -> Run:
     return Run(rows, network, optimizer, schedules, step)
 
 
-def make_pipeline(config: ConfigDict) -> pipeline_lib.Pipeline:
-    """The input of this process."""
+def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:
+    """The input of a process that reads these places of each batch; None: all."""
     return pipeline_lib.make_pipeline(
         **config.data,
         input_threads=config.run.input_threads,
         input_workers=config.run.input_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        places=places,
     )
 
 

@@ -148,19 +148,15 @@ class Checkpoints:
     """The checkpoints of one run, under WORKDIR/checkpoints.
 
     Kept: the newest ``keep_last``, and for ever those whose step is a multiple of ``keep_every_steps``.
-    ``num_damaged`` counts checkpoints that were passed over since the start.
     """
 
     def __init__(self, workdir: Any, *, every_steps: int, keep_last: int, keep_every_steps: int):
         self._workdir = epath.Path(workdir)
-        self.num_damaged = 0
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=policies.AnySavePolicy(
-                    [policies.FixedIntervalPolicy(every_steps), policies.PreemptionCheckpointingPolicy()]
-                ),
+                save_decision_policy=policies.FixedIntervalPolicy(every_steps),
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep_last), policies.EveryNSteps(keep_every_steps)]
                 ),
@@ -177,7 +173,7 @@ class Checkpoints:
         meta: dict[str, Any],
         before: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Whether ``state`` is being saved: every ``every_steps``, and before an announced preemption.
+        """Whether ``state`` is being saved: every ``every_steps``.
 
         ``before`` is called first: what must be kept by the time that the checkpoint counts.
         """
@@ -224,7 +220,6 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         restored, damaged = _restore_newest(self._manager, self.steps(), abstract_state, check_meta=check_meta)
-        self.num_damaged += len(damaged)
         if damaged:
             self._set_aside(damaged)
         return restored
@@ -332,15 +327,12 @@ def _restore_newest(
     """
     failures: dict[int, str] = {}
     for step in reversed(steps):
-        restored, failure = None, "another process could not read it"
         try:
             restored = _restore_step(manager, step, abstract, prefixes=prefixes, check_meta=check_meta)
-        except _DamagedError as error:
-            failure = str(error)
-        if _on_every_process(restored is not None):
             return restored, list(failures)
-        failures[step] = failure
-        logging.error("the checkpoint of step %d in %s is damaged: %s", step, manager.directory, failure)
+        except _DamagedError as error:
+            failures[step] = str(error)
+        logging.error("the checkpoint of step %d in %s is damaged: %s", step, manager.directory, failures[step])
     if failures:
         told = "\n".join(f"  step {step}: {failure}" for step, failure in failures.items())
         raise RuntimeError(f"no checkpoint in {manager.directory} can be restored:\n{told}")
@@ -356,7 +348,7 @@ def _restore_step(
     check_meta: CheckMeta,
 ) -> Restored:
     wanted = named_leaves(abstract)
-    notes = _read_notes(manager, step)
+    notes = _together(lambda: _read_notes(manager, step))
     data_state, saved, meta = notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]
     check_meta(meta)
     if prefixes is not None:
@@ -366,23 +358,29 @@ def _restore_step(
         {path: _shape_text(leaf) for path, leaf in wanted.items()},
         f"the checkpoint of step {step} in {manager.directory}",
     )
-    with _any_error_is_damage(manager.directory):
-        arguments = ocp.args.StandardRestore(abstract)
-        if prefixes is not None:
-            how = ocp.checkpoint_utils.construct_restore_args(abstract)
-            arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=how)
-        state = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-        wrong = [path for path, digest in tree_digests(state).items() if digest != saved[path][1]]
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=prefixes is not None, restore_args=how)
+    state = _together(lambda: _read_item(manager, step, "state", ocp.PyTreeCheckpointHandler(), arguments))
+    wrong = [path for path, digest in tree_digests(state).items() if digest != saved[path][1]]
     if wrong:
         raise _DamagedError(f"{len(wrong)} arrays are not what was saved: {', '.join(wrong[:_MAX_NAMED])}")
     return Restored(step, state, data_state, meta)
 
 
+def _read_item(manager: ocp.CheckpointManager, step: int, name: str, handler: Any, arguments: Any) -> Any:
+    """An item of a checkpoint, by its handler: the manager's own ``restore`` waits for the other processes behind it,
+    for ever if one of them met damage."""
+    with _any_error_is_damage(manager.directory):
+        return handler.restore(manager.directory / str(step) / name, args=arguments)
+
+
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The JSON of a checkpoint, "data" and "meta", compared with its digest."""
+    notes = {
+        name: _read_item(manager, step, name, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+        for name in ("data", "meta")
+    }
     with _any_error_is_damage(manager.directory):
-        items = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        notes = dict(manager.restore(step, args=items))
         if _text_digest(notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]) != notes["meta"]["sha256"]:
             raise ValueError("its JSON is not what was saved")
     return notes
@@ -406,6 +404,13 @@ def _any_error_is_damage(directory: epath.Path) -> Iterator[None]:
         raise _DamagedError(f"{type(error).__name__}: {error}".split("\n")[0][:500]) from error
 
 
-def _on_every_process(ok: bool) -> bool:
-    """Whether ``ok`` holds everywhere: all processes must go on from the same step."""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+def _together(read: Callable[[], Any]) -> Any:
+    """What ``read`` gives; damage that one process finds is damage for all, before they do anything together."""
+    found, damage = None, None
+    try:
+        found = read()
+    except _DamagedError as error:
+        damage = error
+    if not np.all(multihost_utils.process_allgather(np.asarray(damage is None))):
+        raise damage or _DamagedError("another process could not read it")
+    return found

@@ -51,8 +51,8 @@ def batch_shapes(
     )
 
 
-def check_element(element: Mapping[str, Any], shapes: Batch, *, num_processes: int) -> None:
-    """Hold a host batch against the shapes that the step is compiled for.
+def check_element(element: Mapping[str, Any], shapes: Batch, *, num_samples: int) -> None:
+    """Hold the samples of a batch that this process reads against the shapes that the step is compiled for.
 
     Raises:
       ValueError: naming the array, what was got and what was wanted.
@@ -62,7 +62,7 @@ def check_element(element: Mapping[str, Any], shapes: Batch, *, num_processes: i
     if len(wanted) != len(got):
         raise ValueError(f"input batch: {len(got)} arrays; wanted {len(wanted)}")
     for (path, shape), array in zip(wanted, got):
-        local = (shape.shape[0] // num_processes, *shape.shape[1:])
+        local = (num_samples, *shape.shape[1:])
         if array.shape != local or array.dtype != shape.dtype:
             raise ValueError(
                 f"input batch{jax.tree_util.keystr(path)}: got {array.dtype}{array.shape}; wanted {shape.dtype}{local}"

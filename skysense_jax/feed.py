@@ -1,6 +1,7 @@
 """From host elements to batches on the devices, some of them ahead of the step. Between pipeline.py and train.py."""
 
 import collections
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,22 @@ from skysense_jax.data.pipeline import PipelineIterator
 
 
 def to_device(element: dict[str, Any], mesh: Mesh) -> Batch:
-    """The batch, samples over the mesh's batch axes; ``element`` holds this process' share."""
+    """The batch, samples over the mesh's batch axes; ``element`` holds those of ``sharding.batch_places``, in order."""
     placed = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x)), Batch.from_dict(element)
-    )
+    parts = math.prod(mesh.shape[axis] for axis in placed.spec[0])
+    mine = sharding.batch_places(mesh, parts)
+
+    def place(x):
+        x = np.asarray(x)
+        rows = len(x) // len(mine)  # of a part
+
+        def of_part(index):
+            first = mine.index((index[0].start or 0) // rows) * rows
+            return x[first : first + rows]
+
+        return jax.make_array_from_callback((rows * parts, *x.shape[1:]), placed, of_part)
+
+    return jax.tree.map(place, Batch.from_dict(element))
 
 
 def prefetch(

@@ -117,6 +117,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(LOGICAL_AXIS_RULES)[BATCH]))
 
 
+def batch_places(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Which samples of a batch this process' devices hold, ascending: those that it must read.
+
+    Processes that differ along ``tensor`` alone hold the same ones; a TPU's mesh need not deal them in the order of
+    processes.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return tuple(sorted({place for (rows,) in held.values() for place in range(*rows.indices(batch_size))}))
+
+
 def unbox(tree: Any) -> Any:
     """The tree without flax's partitioning boxes; works on shapes, and outside a mesh."""
     return jax.tree.map(

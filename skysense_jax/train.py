@@ -144,7 +144,8 @@ def train(
     config_lib.validate(config, num_devices=jax.device_count())
     profiled = profiling.parse_steps(profile_steps, num_steps=config.optim.num_steps)
     mesh = sharding.make_mesh(**config.mesh)
-    run, pipeline = assemble(config), make_pipeline(config)
+    places = sharding.batch_places(mesh, config.data.batch_size)
+    run, pipeline = assemble(config), make_pipeline(config, places)
     shapes = batch_shapes(config, run.modalities)
     pipeline.check_sources()
     logging.info("%s: %d devices, mesh %s", config.name, jax.device_count(), dict(mesh.shape))
@@ -212,7 +213,7 @@ def train(
         for step in range(start + 1, config.optim.num_steps + 1):
             batch, element, data_state = next(batches)
             if step == start + 1:
-                dry_run.check_element(element, shapes, num_processes=jax.process_count())
+                dry_run.check_element(element, shapes, num_samples=len(places))
             state, step_metrics = profiler.run(step, step_fn, state, batch)
             monitor.after_step(step, step_metrics, element)
             checkpoints.maybe_save(step, state, data_state=data_state, meta=meta, before=keep_numbers)
@@ -337,15 +338,15 @@ def print_dry_run(config: ConfigDict) -> None:
         )
     )
     print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
-    # one sample a process, in this process: a whole batch, and one more per worker, may not fit a laptop
+    # one sample, in this process: a whole batch, and one more per worker, may not fit a laptop
     few = config.copy_and_resolve_references()
-    few.data.batch_size, few.run.input_workers, few.run.input_threads = jax.process_count(), 0, 1
+    few.data.batch_size, few.run.input_workers, few.run.input_threads = 1, 0, 1
     pipeline = make_pipeline(few)
     pipeline.check_sources()
     with contextlib.closing(iter(pipeline)) as source:
         element = next(source)
     shapes = batch_shapes(few, run.modalities)
-    dry_run.check_element(element, shapes, num_processes=jax.process_count())
+    dry_run.check_element(element, shapes, num_samples=1)
     print(dry_run.batch_text(element, run.modalities))
 
 

@@ -1,5 +1,6 @@
 """Before jax starts: 8 virtual CPU devices for every test, shapes checked by beartype, a compile cache."""
 
+import difflib
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags, logging  # noqa: E402
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 _LEVEL = logging.get_absl_logger().level
 flags.FLAGS.mark_as_parsed()  # Grain reads a flag; without absl.app it would refuse (grain #1355)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
@@ -47,6 +49,42 @@ def emulator():
     server = Emulator()
     yield server
     server.close()
+
+
+@pytest.fixture
+def matches_golden(request):
+    """A function (name, text) that holds the text against tests/golden/NAME.txt, or rewrites that."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--refresh-golden"):
+            path.write_text(text)
+            return
+        saved = path.read_text() if path.exists() else ""
+        diff = difflib.unified_diff(
+            saved.splitlines(), text.splitlines(), f"golden/{name}.txt", "this code", lineterm=""
+        )
+        assert saved == text, "\n".join(
+            [*diff, "If this is meant: pytest --refresh-golden, with the files of these tests"]
+        )
+
+    return compare
+
+
+# Files that take longest start first, so that no worker of --dist loadfile ends alone with one of them.
+_LONG = (
+    "test_run.py",
+    "test_train_step.py",
+    "test_meshes.py",
+    "test_train.py",
+    "test_buckets.py",
+    "test_from_torch.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    first = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(_LONG)))
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,6 @@
 ``pytest tests/test_golden.py --refresh-golden`` rewrites them; the diff is then part of the change.
 """
 
-import difflib
 import functools
 import pathlib
 
@@ -24,24 +23,6 @@ from skysense_jax.trees import named_leaves
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
-
-
-@pytest.fixture
-def matches_golden(request):
-    """A function (name, text) that holds the text against tests/golden/NAME.txt, or rewrites that."""
-
-    def compare(name: str, text: str) -> None:
-        path = GOLDEN / f"{name}.txt"
-        if request.config.getoption("--refresh-golden"):
-            path.write_text(text)
-            return
-        saved = path.read_text() if path.exists() else ""
-        diff = difflib.unified_diff(
-            saved.splitlines(), text.splitlines(), f"golden/{name}.txt", "this code", lineterm=""
-        )
-        assert saved == text, "\n".join([*diff, "If this is meant: pytest tests/test_golden.py --refresh-golden"])
-
-    return compare
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -94,7 +75,15 @@ def _boxed_student(name):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("huge_moe", (1, 2, 2, 2)), ("huge_moe", (4, 16, 1, 4)), ("huge", (1, 64, 4, 1)), ("base", (1, 8, 1, 1))],
+    [
+        ("base", (1, 8, 1, 1)),
+        ("huge", (8, 8, 1, 1)),  # on 64 v5p
+        ("huge", (1, 64, 4, 1)),
+        ("huge_moe", (1, 2, 2, 2)),
+        ("huge_moe", (1, 8, 1, 8)),  # on 64 v5p
+        ("huge_moe", (4, 16, 1, 4)),
+        ("huge_moe", (8, 1, 1, 8)),  # on 64 H200: experts are divided, and what all share is whole on each
+    ],
 )
 def test_placement_of_parameters_is_as_last_read_and_no_large_one_is_whole(name, sizes, matches_golden):
     mesh, boxed = AbstractMesh(sizes, MESH_AXES), _boxed_student(name)
@@ -102,6 +91,8 @@ def test_placement_of_parameters_is_as_last_read_and_no_large_one_is_whole(name,
     placed = named_leaves(tree_shardings(boxed, mesh))
     for path, leaf in named_leaves(unbox(boxed)).items():
         whole = placed[path].shard_shape(leaf.shape) == leaf.shape
+        if mesh.shape["fsdp"] == 1:
+            whole &= "/experts/" in path and "router" not in path
         assert not (whole and leaf.size * leaf.dtype.itemsize > 2**20), f"{path} is whole on every device"
 
 

@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from micro import Compiled, mono_config
+from micro import Compiled, mesh_config
 
 from skysense_jax import sharding, train
 
 # (data, fsdp, tensor, expert), then (microbatches, logits)
 LAYOUTS = [
     ((8, 1, 1, 1), (1, 1)),
-    ((1, 8, 1, 1), (1, 1)),
+    ((2, 4, 1, 1), (2, 2)),
     ((1, 1, 2, 4), (2, 1)),
     ((1, 2, 2, 2), (1, 2)),
 ]
@@ -18,7 +18,7 @@ LAYOUTS = [
 
 def _step(layout, parts, element):
     """Metrics and Adam's first moments after one step: from zero, the clipped gradient times 1 - beta1."""
-    config = mono_config()
+    config = mesh_config()
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout)))
     config.parts.update(microbatches=parts[0], logits=parts[1])
     step = Compiled(config, jax.devices()[: np.prod(layout)])
@@ -29,7 +29,7 @@ def _step(layout, parts, element):
 
 @pytest.fixture(scope="module")
 def element():
-    return next(iter(train.make_pipeline(mono_config())))
+    return next(iter(train.make_pipeline(mesh_config())))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import micro_config
+from micro import assembled_once, micro_config, mono_config
 
 from skysense_jax import checkpoint, metrics, modalities, train
 from skysense_jax.data import records
@@ -40,6 +40,7 @@ def _train(config, workdir, monkeypatch, *, profile=None, stop_after=None, pictu
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "prefetch", watched)
+        patch.setattr(train, "assemble", assembled_once)
         if not pictures:
             patch.setattr(train, "write_pictures", lambda *args: None)
         try:
@@ -54,14 +55,14 @@ def straight(tmp_path_factory):
     """Ten steps without a stop, one of them traced: workdir, state, data order."""
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return workdir, *_train(micro_config(), workdir, monkeypatch, profile="4:4")
+        return workdir, *_train(mono_config(), workdir, monkeypatch, profile="4:4")
 
 
 def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, monkeypatch):
     workdir, state, order = straight
-    stopped, before = _train(micro_config(), tmp_path, monkeypatch, stop_after=7)
+    stopped, before = _train(mono_config(), tmp_path, monkeypatch, stop_after=7)
     assert stopped is None
-    resumed, after = _train(micro_config(), tmp_path, monkeypatch)
+    resumed, after = _train(mono_config(), tmp_path, monkeypatch)
     assert before[:5] + after == order  # steps 6 and 7 were lost with the process and come again
     wanted, got = (dict(jax.tree_util.tree_leaves_with_path(s)) for s in (state, resumed))
     assert wanted.keys() == got.keys()
@@ -73,7 +74,7 @@ def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, 
     assert [step for step, _ in losses[0]] == list(range(1, 11))
 
 
-def test_loss_falls_on_the_micro_run(straight):
+def test_loss_falls_on_the_mono_run(straight):
     lines = metrics.read_json_lines(straight[0] / metrics.FILE_NAME)
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -108,7 +109,7 @@ def test_speed_is_written_with_the_loss_and_a_trace_with_the_step_that_ends_it(s
 
 def test_wrong_profile_steps_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--profile_steps: got '9:11'; wanted an END in the run, 10"):
-        _train(micro_config(), tmp_path / "run", monkeypatch, profile="9:11")
+        _train(mono_config(), tmp_path / "run", monkeypatch, profile="9:11")
     assert not (tmp_path / "run").exists()
 
 
@@ -122,14 +123,14 @@ def test_teacher_alone_is_restored(straight):
 
 
 def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
-    config = micro_config()
+    config = mono_config()
     config.model.fusion.depth = 3
     with pytest.raises(ValueError, match=r"config\.model\.fusion\.depth: 2 -> 3"):
         _train(config, straight[0], monkeypatch)
 
 
 def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
-    config = micro_config()
+    config = mono_config()
     config.mesh.update(data=3, fsdp=1)
     config.data.batch_size = 24
     with pytest.raises(ValueError, match=r"config\.mesh.*8"):
@@ -138,7 +139,7 @@ def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
 
 
 def test_empty_dataset_is_refused_by_its_glob(tmp_path, monkeypatch):
-    config = micro_config()
+    config = mono_config()
     config.data.sources = ((str(tmp_path / "none-*.array_record"), 1.0),)
     with pytest.raises(ValueError, match="none-"):
         _train(config, tmp_path / "run", monkeypatch)
@@ -199,10 +200,12 @@ def _new_sensor_records(path, *, damaged=0):
 def test_new_sensors_are_rows_in_the_config_and_bad_records_are_named(tmp_path, monkeypatch, caplog):
     """A 1.5 m RGB-NIR camera, a 200-band spectrometer at 30 m and a height raster at 1 m, no line of code."""
     _new_sensor_records(tmp_path / "new.array_record", damaged=2)
-    config = micro_config()
+    config = mono_config()
     config.data.new_modalities = tuple(row for row, _ in NEW_SENSORS.values())
     config.data.update(modalities=tuple(NEW_SENSORS), sources=((str(tmp_path / "*.array_record"), 1.0),))
     config.data.num_dates = dict.fromkeys(NEW_SENSORS, 1)
+    config.model.backbone.num_moe_blocks, config.model.fusion.depth = 0, 1
+    config.objective.weights.update(qsacl=0.0, koleo=0.0)
     config.optim.num_steps, config.optim.warmup_steps = 2, 1
     config.eval.update(num_train_scenes=1, num_test_scenes=1)  # scenes lack these sensors: no probe, no error
     with caplog.at_level("WARNING"):
@@ -244,7 +247,7 @@ def test_source_whose_records_all_lie_is_refused_before_the_first_step(tmp_path,
         patch.setattr(records, "validate_sample", lambda sample, rows: None)
         for i in range(6):
             writer.write(encode_sample(Sample(id=f"linear-{i}", extent_cells=8, series={"s1": series}), rows))
-    config = micro_config()
+    config = mono_config()
     config.data.update(modalities=("s1",), sources=((str(tmp_path / "*.array_record"), 1.0),))
     with pytest.raises(ValueError, match=r"config\.data\.sources: .*none of 4 records .* like linear power") as error:
         _train(config, tmp_path / "run", monkeypatch)
@@ -263,7 +266,7 @@ class _Pipeline(train.pipeline_lib.Pipeline):
 
 
 def _monitor(**fields):
-    config = micro_config()
+    config = mono_config()
     config.run.update(fields)
     return train._Monitor(config, _Pipeline(), metrics.Writers([]), flops=1e9)
 
@@ -280,7 +283,7 @@ def test_notes_are_written_once_and_not_before_their_step(every, written_with):
         def close(self):
             pass
 
-    config, sink = micro_config(), Sink()
+    config, sink = mono_config(), Sink()
     config.run.log_every_steps = every
     monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]), flops=1e9)
     numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, {"bad_record": np.array([-1])}
@@ -321,7 +324,7 @@ def test_run_whose_numbers_are_not_finite_stops_and_keeps_its_checkpoint(straigh
         nan = {name: x * jnp.nan if x.dtype == jnp.float16 else x for name, x in images.items()}
         return batch if len(steps) < 6 else batch.replace(global_views=batch.global_views.replace(images=nan))
 
-    config = micro_config()
+    config = mono_config()
     config.run.max_nonfinite_in_row = 3
     with pytest.raises(RuntimeError, match=r"step 8: 3 updates in a row .*config\.run\.max_nonfinite_in_row=3"):
         _train(config, tmp_path, monkeypatch, change=poison_from_the_sixth)
@@ -357,18 +360,18 @@ def test_dry_run_prints_config_sizes_cost_and_a_sample(capsys):
 
 
 def test_wrong_batch_is_named_before_compilation():
-    config = micro_config()
+    config = mono_config()
     run = train.assemble(config)
     shapes = train.batch_shapes(config, run.modalities)
     element = next(iter(train.make_pipeline(config)))
     element["global_views"]["images"]["s1"] = element["global_views"]["images"]["s1"][..., :1]
     with pytest.raises(ValueError, match=r"s1.*got float16\(8, 2, 2, 4, 4, 1\); wanted float16\(8, 2, 2, 4, 4, 2\)"):
-        train.dry_run.check_element(element, shapes, num_processes=1)
+        train.dry_run.check_element(element, shapes, num_samples=len(element["record"]))
 
 
 def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
     workdir, state, _ = straight
-    config = micro_config()
+    config = mono_config()
     config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8)
     pipeline = train.make_pipeline(config)
     element = next(iter(pipeline))

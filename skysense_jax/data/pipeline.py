@@ -1,7 +1,7 @@
 """The input pipeline (Grain): an endless, shuffled mix of sources as batches of views, the same for any machinery.
 
 What batch number n holds depends on the sources, their shares, the seed and the batch size; not on threads, worker
-processes or the number of training processes, of which each reads its own contiguous part of every batch. So the state
+processes or the number of training processes, of which each reads its own places of every batch. So the state
 is one number, and restores exactly under another number of processes or workers. Worker processes import this module:
 nothing here may import jax. Read before it: views.py (one element), records.py and scenes.py (the sources).
 """
@@ -129,18 +129,18 @@ class _BatchOrder:
     got; element j here is chosen so that batch k of the whole is what worker k mod workers builds next.
     """
 
-    def __init__(self, elements, *, start: int, batch_size: int, process: range, num_workers: int):
+    def __init__(self, elements, *, start: int, batch_size: int, places: Sequence[int], num_workers: int):
         self._elements, self._start, self._batch_size = elements, start, batch_size
-        self._process, self._num_workers = process, num_workers
+        self._places, self._num_workers = places, num_workers
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         turn, worker = divmod(index, self._num_workers)
-        batch, element = divmod(turn, len(self._process))
+        batch, element = divmod(turn, len(self._places))
         batch = batch * self._num_workers + worker
-        return self._elements[self._start + batch * self._batch_size + self._process[element]]
+        return self._elements[self._start + batch * self._batch_size + self._places[element]]
 
 
 def _leave_stopping_to_the_run(worker: int, num_workers: int) -> None:
@@ -157,10 +157,10 @@ class PipelineIterator:
     """An endless iterator: this process's part of each batch, nested dicts of numpy arrays as in batch.Batch."""
 
     def __init__(
-        self, elements: grain.MapDataset, *, batch_size: int, process: range, num_threads: int, num_workers: int
+        self, elements: grain.MapDataset, *, batch_size: int, places: Sequence[int], num_threads: int, num_workers: int
     ):
         self._elements = elements
-        self._batch_size, self._process = batch_size, process
+        self._batch_size, self._places = batch_size, places
         self._num_threads, self._num_workers = num_threads, num_workers
         self._next_index = 0
         self._running = None
@@ -201,13 +201,13 @@ class PipelineIterator:
             self._elements,
             start=self._next_index,
             batch_size=self._batch_size,
-            process=self._process,
+            places=self._places,
             num_workers=max(1, self._num_workers),
         )
         # Grain's buffer counts elements here. Without workers it must hold a whole batch to run ahead of the step.
-        ahead = 2 * self._num_threads if self._num_workers else max(2 * self._num_threads, len(self._process))
+        ahead = 2 * self._num_threads if self._num_workers else max(2 * self._num_threads, len(self._places))
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
-        dataset = grain.MapDataset.source(order).to_iter_dataset(options).batch(len(self._process), drop_remainder=True)
+        dataset = grain.MapDataset.source(order).to_iter_dataset(options).batch(len(self._places), drop_remainder=True)
         if self._num_workers:
             if not flags.FLAGS.is_parsed():
                 # Grain reads flags here and refuses outside absl.app (grain #1355); parsing them later still works.
@@ -234,14 +234,10 @@ class Pipeline:
         seed: int,
         num_threads: int,
         num_workers: int,
-        process_index: int,
-        process_count: int,
+        places: Sequence[int],
     ):
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
-                f"config.data.batch_size: got {batch_size}; wanted a multiple of the {process_count} processes"
-            )
-        local = batch_size // process_count
+        assert places, "told by config_layout.py"
+        assert max(places) < batch_size, (places, batch_size)
         shuffled = [
             grain.MapDataset.range(indices.start, indices.stop).seed(seed + source).shuffle().repeat()
             for source, indices in enumerate(map(mix.range_of, range(len(mix.shares))))
@@ -251,7 +247,7 @@ class Pipeline:
         self._elements = mixed.seed(seed).random_map(LoadViews(mix, multi_view))
         self._reading = dict(
             batch_size=batch_size,
-            process=range(process_index * local, (process_index + 1) * local),
+            places=places,
             num_threads=num_threads,
             num_workers=num_workers,
         )
@@ -325,10 +321,11 @@ def make_pipeline(
     scenes: Mapping[str, int],
     input_threads: int,
     input_workers: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Pipeline:
     """The pipeline of ``config.data`` (``batch_size`` over all processes), ``run.input_threads`` and ``input_workers``.
+
+    It reads the samples at these places of each batch; without ``places`` all.
 
     Raises:
       ValueError: an empty dataset, or a field that makes no sense; named in the message.
@@ -342,6 +339,5 @@ def make_pipeline(
         seed=seed,
         num_threads=input_threads,
         num_workers=input_workers,
-        process_index=process_index,
-        process_count=process_count,
+        places=range(batch_size) if places is None else places,
     )

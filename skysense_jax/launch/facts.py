@@ -29,7 +29,22 @@ PLUGINS = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+FLAGS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_IB_DISABLE",
+)
+# What drivers show of a machine's devices; there also where a driver would fail.
+_DEVICE_FILES = {"gpu": "/dev/nvidia[0-9]*", "tpu": "/dev/accel[0-9]*", "tpu (vfio)": "/dev/vfio/[0-9]*"}
 _PER_HOST_FLAG = r"--xla_(dump_\w+|force_host_platform_device_count)"  # may differ between hosts
 SCENES = "scenes"
 
@@ -48,6 +63,7 @@ def collect(*, config_text: str, sources: Sequence[str]) -> dict[str, Any]:
         code=code_digest(),
         config=config_text,
         flags={name: _without_per_host(os.environ.get(name, "")) for name in FLAGS},
+        device_files={kind: len(glob.glob(pattern)) for kind, pattern in _DEVICE_FILES.items()},
         sources={name: source_facts(name) for name in sources if name != SCENES},
     )
 
@@ -105,6 +121,7 @@ class Token:
 
     def __init__(self, workdir: storage.Directory, name: str):
         self._path = workdir / f".preflight-{name}"
+        self._written = False
 
     def write(self) -> str:
         """Nothing, or why this process cannot write there."""
@@ -113,6 +130,7 @@ class Token:
             if not told:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.write_text(self._path.name)
+                self._written = True
         except OSError as error:
             told = error.strerror or str(error)
         except Exception as error:  # a bucket's client has errors of its own
@@ -135,5 +153,6 @@ class Token:
             time.sleep(0.2)
 
     def remove(self) -> None:
-        """It is gone, if it was there."""
-        self._path.unlink(missing_ok=True)
+        """It is gone, if this process wrote it."""
+        if self._written:
+            self._path.unlink(missing_ok=True)

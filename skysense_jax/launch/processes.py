@@ -154,8 +154,14 @@ def _slurm_gpus(environ: Mapping[str, str], local_id: int, num_processes: int) -
     node = _integer(environ, "SLURM_NODEID") or 0
     here = counts[min(node, len(counts) - 1)]
     visible = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    if here == 1 or 0 < len(visible) < here:
+    on_node = _integer(environ, "SLURM_GPUS_ON_NODE")
+    own = "SLURM_GPUS_PER_TASK" in environ or len(visible) < here or (on_node and len(visible) * here <= on_node)
+    if here == 1 or (visible and own):
         return None
+    if len(visible) % here:
+        raise StartError(
+            f"{len(visible)} GPUs for {here} tasks on this node; wanted --ntasks-per-node=1, or one that divides them"
+        )
     share = max(1, len(visible) // here)
     return tuple(range(local_id * share, (local_id + 1) * share))
 

@@ -87,6 +87,12 @@ def compare(facts: Sequence[Mapping[str, Any]], *, clock_offsets_s: Sequence[flo
             hosts,
             "environment variable {name}: got {got!r}; wanted {wanted!r}. Export it on every host alike",
         ),
+        *_fields(
+            "devices",
+            [fact["device_files"] for fact in facts],
+            hosts,
+            "{got} {name} devices in /dev; wanted {wanted} as elsewhere. Look at this host's driver, or leave it out",
+        ),
         *_sources(facts, hosts),
         *_clocks(clock_offsets_s, hosts),
     ]
@@ -98,6 +104,7 @@ def compare(facts: Sequence[Mapping[str, Any]], *, clock_offsets_s: Sequence[flo
         "code": f"skysense_jax {first['code']}",
         "config": f"{len(first['config'].splitlines())} fields",
         "flags": ", ".join(name for name, value in first["flags"].items() if value) or "none set",
+        "devices": ", ".join(f"{count} {kind}" for kind, count in first["device_files"].items() if count) or "no file",
         "data": "; ".join(found) or "procedural scenes",
         "clocks": f"within {spread:.2f} s",
     }
@@ -118,7 +125,7 @@ def _differing(check: str, values: Sequence[Any], hosts: Sequence[str], text: st
     ]
 
 
-def _fields(check: str, dicts: Sequence[Mapping[str, str]], hosts: Sequence[str], text: str) -> list[Finding]:
+def _fields(check: str, dicts: Sequence[Mapping[str, Any]], hosts: Sequence[str], text: str) -> list[Finding]:
     """The same for every key of dicts."""
     findings = []
     for name in sorted({name for fields in dicts for name in fields}):

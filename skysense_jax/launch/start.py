@@ -63,20 +63,20 @@ def started(config: ConfigDict, workdir: storage.Directory) -> Iterator[Stop]:
         hosts, checked = [facts.host_name()], _check_alone(known(), workdir)
     else:
         hosts, checked = _check_together(placement, known(), workdir)
-        processes.initialize(
-            placement, timeout_s=_START_TIMEOUT_S.value, heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value
-        )
-    checked = _with_devices(checked, hosts, config)
-    if jax.process_index() == 0:
-        logging.info("%s", checked.text)
-    if checked.findings:
-        _leave(placement)
-        raise StartError(checked.text)
-    stop = Stop()
-    stop.listen()
     try:
+        if placement is not None:
+            processes.initialize(
+                placement, timeout_s=_START_TIMEOUT_S.value, heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value
+            )
+        checked = _with_devices(checked, hosts, config)
+        if jax.process_index() == 0:
+            logging.info("%s", checked.text)
+        if checked.findings:
+            raise StartError(checked.text)
+        stop = Stop()
+        stop.listen()
         yield stop
-    except Stopped:
+    except (Stopped, StartError):
         _leave(placement)
         raise
     except BaseException as error:

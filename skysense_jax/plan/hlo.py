@@ -24,7 +24,7 @@ _BYTES = {
     "s32": 4,
     "u32": 4,
 }
-_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+_BYTES |= {"token": 0, "opaque": 0, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _BYTES |= dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz"), 1)
 _SHAPE = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+?) ([\w\-]+)\((.*)$")
@@ -132,7 +132,9 @@ def parse(text: str) -> Text:
                 (dtype, tuple(int(n) for n in sizes.split(",") if n), layout)
                 for dtype, sizes, layout in _SHAPE.findall(match[3])
             ]
-            num_bytes = [_BYTES.get(dtype, 0) * math.prod(sizes) for dtype, sizes, _ in arrays]
+            if unknown := {dtype for dtype, _, _ in arrays} - _BYTES.keys():
+                raise ValueError(f"{line.strip()[:200]}: unknown types {sorted(unknown)}; known: {sorted(_BYTES)}")
+            num_bytes = [_BYTES[dtype] * math.prod(sizes) for dtype, sizes, _ in arrays]
             current[match[2]] = Instruction(
                 name=match[2],
                 op=match[4],
@@ -167,6 +169,8 @@ def groups(rest: str, num_devices: int) -> list[list[int]]:
         return _order(match[3], num_devices).reshape(int(match[1]), int(match[2])).tolist()
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match[1])]
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\})\S+", rest):
+        raise ValueError(f"{match[0]}: a notation of groups that is not known here; wanted that of jaxlib 0.10 to 0.12")
     return [list(range(num_devices))]
 
 

@@ -168,9 +168,12 @@ def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iter
         inside = [(e, its) for e, its in program.within(i) if _kind(e.op) in _SENT]
         if i.op == "while":
             yield Loop(program.trips(i), tuple(_events(program, i.called[0], mesh_shape)))
-        elif i.op in ("call", "conditional"):
+        elif i.op == "call":
             for called in i.called:
                 yield from _events(program, called, mesh_shape)
+        elif i.op == "conditional":  # one of its branches runs: the dearest
+            branches = [tuple(_events(program, called, mesh_shape)) for called in i.called]
+            yield from max(branches, key=lambda events: (totals(events).flops, totals(events).memory_bytes))
         elif _kind(i.op) in _SENT:
             yield from _exchange(i, computation, mesh_shape, i.name if i.op.endswith("-start") else "")
         elif i.op == "async-start" and inside:

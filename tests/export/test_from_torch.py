@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from micro import micro_config
+from micro import mono_config
 from safetensors.numpy import load_file, save_file
 from saved import export_config
 from transformers import Swinv2Config, Swinv2Model
@@ -66,7 +66,7 @@ def test_exported_directory_comes_back_to_the_last_bit(exported, tmp_path):
 
 
 def test_run_goes_on_from_the_checkpoint(exported, tmp_path):
-    config = micro_config()  # hr and s1 only; as it is, because tests/test_train.py compiles the same step
+    config = mono_config()  # s1 only
     from_torch.initialise(config, tmp_path, model=exported / "fused")
     before = named_leaves(restored(tmp_path)["teacher"])
     after = named_leaves(train.train(config, tmp_path).teacher)

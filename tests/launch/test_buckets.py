@@ -10,6 +10,7 @@ import pytest
 import test_checkpoint as cases
 from absl import logging
 from etils import epath
+from micro import assembled_once
 from nano import get_config
 
 from skysense_jax import checkpoint, metrics, storage, train
@@ -17,7 +18,7 @@ from skysense_jax.data import records
 from skysense_jax.data.scenes import render
 from skysense_jax.export.__main__ import export
 from skysense_jax.launch import facts
-from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
+from skysense_jax.launch.stop import Stop, Stopped
 from skysense_jax.modalities import select
 
 ROWS = select(("s1",))
@@ -53,6 +54,7 @@ def _steps(run):
 def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run, tmp_path, monkeypatch):
     config = get_config()
     config.run.update(checkpoint_every_steps=2, keep_last=1, tensorboard=True)
+    monkeypatch.setattr(train, "assemble", assembled_once)
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_pictures", lambda *args: None)
         straight = jax.device_get(train.train(config, tmp_path / "straight"))
@@ -117,17 +119,6 @@ def test_small_files_that_changed_are_copied_and_kept_if_they_cannot_be(run, mon
     files.close()
     assert not files.path.exists()
     assert (run / "numbers").read_text() == "abc"
-
-
-def test_two_processes_write_one_run_into_a_bucket(run, start, tmp_path):
-    flags = ["--config=tests/launch/nano.py", f"--workdir={run}"]
-    own = [[str(tmp_path / f"{i}.json"), *flags] for i in (0, 1)]
-    outcomes = start(2, ["tests/launch/run_nano.py"], per_process=own, STOP_AFTER="1")
-    assert [status for status, _ in outcomes] == [EXIT_AGAIN] * 2, "\n".join(text for _, text in outcomes)
-    (stopped,) = _names(run / "checkpoints")
-    assert _steps(run) == list(range(1, int(stopped) + 1))
-    assert "name = 'nano'" in checkpoint.read_meta(run)["config"]
-    assert not [name for name in _names(run) if "preflight" in name]
 
 
 # ---- checkpoints that are not whole

@@ -115,6 +115,13 @@ def test_commands_of_jobsets_give_fields_that_exist(jobset):
     assert file.endswith(f":{num_devices}")
 
 
+def test_pods_have_memory_that_worker_processes_share(jobset):
+    _, spec, container = _job(jobset)
+    (mounted,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    (volume,) = [volume for volume in spec["template"]["spec"]["volumes"] if volume["name"] == mounted]
+    assert volume["emptyDir"]["medium"] == "Memory"
+
+
 def test_files_that_others_source_exist():
     texts = [path.read_text() for path in (ROOT / "launch").glob("*.*") if path.suffix != ".md"]
     sourced = {name for text in texts for name in re.findall(r"source (?:\"\$root/)?(launch/[\w.]+)", text)}
@@ -125,7 +132,9 @@ def test_files_that_others_source_exist():
 def test_sbatch_file_asks_for_a_signal_in_time_and_to_be_requeued():
     options = re.findall(r"(?m)^#SBATCH (\S+)$", (ROOT / "launch" / "slurm.sbatch").read_text())
     assert {"--requeue", "--signal=USR1@300", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
-    assert f'"$status" -eq {EXIT_AGAIN}' in (ROOT / "launch" / "slurm.sbatch").read_text()
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert f'"$status" -eq {EXIT_AGAIN}' in text
+    assert 'srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"' in text
 
 
 def test_tpu_vm_script_looks_for_what_the_trainer_says():

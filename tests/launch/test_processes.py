@@ -85,6 +85,20 @@ def test_slurm_tasks_of_a_node_share_its_gpus(local_id, visible, gpus):
     assert processes.find({**environ, "CUDA_VISIBLE_DEVICES": visible}).local_device_ids == gpus
 
 
+def test_slurm_tasks_with_gpus_of_their_own_take_all_that_they_see():
+    environ = {**SLURM, "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_NTASKS": "8"}
+    four = {**environ, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert processes.find({**four, "SLURM_GPUS_PER_TASK": "4"}).local_device_ids is None
+    assert processes.find({**four, "SLURM_GPUS_ON_NODE": "8"}).local_device_ids is None
+    assert processes.find({**four, "SLURM_GPUS_ON_NODE": "4"}).local_device_ids == (2, 3)
+
+
+def test_slurm_gpus_that_tasks_do_not_divide_are_refused():
+    environ = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3(x4)", "SLURM_NTASKS": "12"}
+    with pytest.raises(StartError, match=r"8 GPUs for 3 tasks on this node; wanted --ntasks-per-node=1, or one"):
+        processes.find({**environ, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
+
+
 def test_slurm_batch_script_and_single_task_are_one_process():
     batch = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
     assert processes.find(batch) is None

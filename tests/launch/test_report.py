@@ -35,6 +35,7 @@ def test_equal_hosts_have_a_table_without_findings(files):
         "code",
         "config",
         "flags",
+        "devices",
         "data",
         "clocks",
     ]
@@ -142,3 +143,17 @@ def test_directories_are_taken_and_files_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--workdir: got the file file"):
         storage.run_directory("file")
+
+
+def test_host_that_shows_fewer_devices_is_named_before_jax_starts(files):
+    everyone = _facts(files)
+    for known, count in zip(everyone, (8, 7, 8)):
+        known["device_files"] = {"gpu": count}
+    assert "devices: process 1 on b: 7 gpu devices in /dev; wanted 8 as elsewhere. Look at" in _told(everyone)
+
+
+def test_workdir_that_cannot_be_made_is_told_and_nothing_else_is_raised(tmp_path):
+    (tmp_path / "file").write_text("")
+    token = facts.Token(tmp_path / "file" / "run", "0")
+    assert token.write().startswith("Not a directory")
+    token.remove()

@@ -1,20 +1,26 @@
 """The step compiled for chips that are not here, by their own compiler, and what the command says of it."""
 
+import importlib.metadata
 import importlib.util
+import pathlib
+import re
 
 import jax
 import pytest
-from micro import micro_config
+from micro import mono_config
 
 from skysense_jax import assembly, sharding, targets, train_state
 from skysense_jax.plan import __main__ as command
 from skysense_jax.plan import forecast, program
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+LIBTPU = "0.0.42.1"  # of tests/golden/plan_mono_v5e_4.txt
+
 
 @pytest.fixture(scope="module")
 def planned():
-    """The micro step for four v5e chips."""
-    config, target = micro_config(), targets.parse("v5e:4")
+    """The mono step for four v5e chips."""
+    config, target = mono_config(), targets.parse("v5e:4")
     config.mesh.update(data=2, fsdp=2)
     mesh = forecast.make_mesh(target, dict(config.mesh))
     return config, target, mesh, forecast.compile_step(config, mesh, quick=True)
@@ -46,11 +52,21 @@ def test_exchanges_of_the_step_lie_on_the_axes_of_the_mesh(planned):
 def test_report_says_what_does_not_depend_on_rates(planned):
     config, target, mesh, found = planned
     text = command.report(config, target, found)
-    assert text.startswith("micro, batch 8, on 4 x v5e")
+    assert text.startswith("mono, batch 8, on 4 x v5e")
     assert "mesh: data 2, fsdp 2, tensor 1, expert 1" in text
     assert f"{found.flops / 1e12:.4f}" in text
-    # micro's heads, which the formula leaves out, are as large as its backbone
+    # mono's heads, which the formula leaves out, are as large as its backbone
     assert found.flops * mesh.size > assembly.batch_flops(config, assembly.assemble(config).modalities)
+
+
+def test_figures_of_a_small_plan_are_as_last_read(planned, matches_golden):
+    """All of them by the compiler that made the kept text; by another what is counted before it."""
+    config, target, _, found = planned
+    text = command.report(config, target, found)
+    if importlib.metadata.version("libtpu") == LIBTPU:
+        matches_golden("plan_mono_v5e_4", text + "\n")
+    traced = re.compile(r"FLOPs as traced, T +\d+\.\d+")
+    assert traced.findall(text) == traced.findall((GOLDEN / "plan_mono_v5e_4.txt").read_text())
 
 
 @pytest.mark.parametrize(
