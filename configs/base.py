@@ -51,7 +51,7 @@ def _efficiency() -> dict:
     return dict(
         remat="blocks",  # recomputed in the backward pass: "none", "matmuls" (all but matrix products), "blocks" (all)
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        attention="auto",  # of global blocks and fusion: "xla", "cudnn" (bf16, NVIDIA GPUs; not run), "auto": by target
+        attention="auto",  # "xla"; "cudnn" outside windows (bf16, NVIDIA GPUs; not run); "auto": by target, kernels too
     )
 
 

@@ -42,8 +42,10 @@ class Run:
 
 
 def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
-    """``config.efficiency`` as the networks take it: attention "auto" is "cudnn" on NVIDIA GPUs if it takes the config.
+    """``config.efficiency`` as the networks take it.
 
+    Attention "auto" is in global blocks "cudnn" on NVIDIA GPUs if it takes the config, in windows the kernel "mosaic"
+    on TPUs (where a block's sizes do not suit it, the block says so), and else "xla".
     ``platform`` is that of the devices that the step is for ("cpu", "tpu", "gpu"), by default of those here.
 
     Raises:
@@ -59,7 +61,8 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
         chosen = "cudnn" if has_cudnn and not problems else "xla"
         if problems:
             logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
-    return {**config.efficiency, "attention": chosen}
+    windows = "mosaic" if asked == "auto" and platform == "tpu" else "xla"
+    return {**config.efficiency, "attention": chosen, "window_attention": windows}
 
 
 def _takes_cudnn(device: Any) -> bool:

@@ -16,7 +16,11 @@ def config():
 
 @pytest.mark.parametrize(("platform", "chosen"), [("cpu", "xla"), ("tpu", "xla"), ("gpu", "cudnn")])
 def test_efficiency_attention_follows_the_target(config, platform, chosen):
-    assert assembly.efficiency(config, platform) == {**config.efficiency, "attention": chosen}
+    assert assembly.efficiency(config, platform) == {
+        **config.efficiency,
+        "attention": chosen,
+        "window_attention": "mosaic" if platform == "tpu" else "xla",
+    }
     config.efficiency.attention = "xla"
     assert assembly.efficiency(config, platform)["attention"] == "xla"
 

@@ -80,6 +80,7 @@ class Backbone(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention: str = "xla"
+    window_attention: str = "xla"
     compute_dtype: Any = jnp.float32
 
     def setup(self):
@@ -91,7 +92,7 @@ class Backbone(nn.Module):
         self.tokenizer = {m.name: Tokenizer(m.patch, self.width, dtype) for m in self.modalities}
         for stage in (1, 2):
             blocks = [
-                SwinBlock(self.head_width, self.window, bool(i % 2), self.mlp_ratio, dtype)
+                SwinBlock(self.head_width, self.window, bool(i % 2), self.mlp_ratio, self.window_attention, dtype)
                 for i in range(self.depths[stage - 1])
             ]
             setattr(self, f"stage{stage}", blocks)

@@ -171,12 +171,13 @@ def build(
     remat: str = "none",
     scan_unroll: int = 1,
     attention: str = "xla",
+    window_attention: str = "xla",
 ) -> SkySense:
-    """The network of a config's ``model`` and ``efficiency`` sections."""
+    """The network of a config's ``model`` and ``efficiency`` sections (``assembly.efficiency``)."""
     common = dict(compute_dtype=jnp.dtype(compute_dtype))
     scanned = dict(remat=remat, scan_unroll=scan_unroll, attention=attention, **common)
     return SkySense(
-        backbone=Backbone(modalities=modalities, **backbone, **scanned),
+        backbone=Backbone(modalities=modalities, **backbone, window_attention=window_attention, **scanned),
         fusion=Fusion(modalities=tuple(m.name for m in modalities), **fusion, **scanned),
         queries=QueryDecoder(width=fusion["width"], head_width=fusion["head_width"], **queries, **common),
         text=TextHead(text_dim=text_dim, **common),

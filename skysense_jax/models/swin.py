@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from skysense_jax.kernels import window as window_kernel
 from skysense_jax.models.attention import attend
 from skysense_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, constant, partitioned
-from skysense_jax.sharding import EMBED, HEADS, UNSHARDED, constrain_batch
+from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES, UNSHARDED, constrain_batch
 
 MAX_LOGIT_SCALE = math.log(100.0)
 POSITION_HIDDEN_DIM = 512
@@ -80,23 +82,49 @@ class WindowAttention(nn.Module):
     """Scaled cosine attention among the tokens of a window: biases on query, value and output, none on key."""
 
     head_width: int
+    implementation: str = "xla"
     compute_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N M D"], *, window: int, mask: Bool[Array, "B N #M M"]
-    ) -> Float[Array, "B N M D"]:
-        """What each token gathers from the tokens of its window that ``mask`` lets it see.
+        self, x: Float[Array, "B I P Q D"], *, seen: Bool[Array, "B I P Q"], window: int, shifted: bool
+    ) -> Float[Array, "B I P Q D"]:
+        """What each token of a map of whole windows gathers from the tokens of its window that are ``seen``.
 
-        Runs in XLA whatever implementation global blocks use: cuDNN would lay out bias plus mask for every window.
+        ``shifted``: the map was rolled by half a window, and what was no neighbour before is not looked at.
         """
         width, num_heads = x.shape[-1], x.shape[-1] // self.head_width
+        fused = self._takes_kernel(window, width)
+        images, (rows, columns) = x.shape[1], (side // window for side in x.shape[2:4])
+        if not fused:
+            split = "B I (P h) (Q w) ... -> B (I P Q) (h w) ..."
+            x, seen = (rearrange(array, split, h=window, w=window) for array in (x, seen))
         project = lambda name, use_bias=True: Dense(  # noqa: E731
             width, axes=(EMBED, HEADS), use_bias=use_bias, compute_dtype=self.compute_dtype, name=name
         )(x)
         query, key, value = project("query"), project("key", use_bias=False), project("value")
         logit_scale = self.param("logit_scale", partitioned(constant(math.log(10.0)), UNSHARDED), (num_heads,))
         logit_scale = jnp.exp(jnp.minimum(logit_scale, MAX_LOGIT_SCALE))
+        bias = PositionBias(num_heads, name="position_bias")(window)
+        output = Dense(width, axes=(HEADS, EMBED), compute_dtype=self.compute_dtype, name="output")
+        if fused:
+            mixed = window_kernel.window_attention(
+                query,
+                key,
+                value,
+                bias,
+                logit_scale,
+                seen,
+                shifted=shifted,
+                head_width=self.head_width,
+                implementation=self.implementation,
+                batch_axes=dict(LOGICAL_AXIS_RULES)[BATCH],
+            )
+            return output(mixed)
+        mask = seen[:, :, None, :]
+        if shifted:
+            regions = shift_regions(rows * window, columns * window, window=window, shift=window // 2)
+            mask = mask & np.tile(regions, (images, 1, 1))
         query = unit(query, head_width=self.head_width) * jnp.repeat(logit_scale, self.head_width)
         key = unit(key, head_width=self.head_width)
         mixed = attend(
@@ -104,11 +132,28 @@ class WindowAttention(nn.Module):
             key.astype(self.compute_dtype),
             value,
             head_width=self.head_width,
-            bias=PositionBias(num_heads, name="position_bias")(window),
+            bias=bias,
             mask=mask,
             scale=1.0,
         )
-        return Dense(width, axes=(HEADS, EMBED), compute_dtype=self.compute_dtype, name="output")(mixed)
+        join = "B (I P Q) (h w) D -> B I (P h) (Q w) D"
+        return rearrange(output(mixed), join, h=window, w=window, P=rows, Q=columns)
+
+    def _takes_kernel(self, window: int, width: int) -> bool:
+        """Whether the implementation is a kernel that takes these sizes; if not, says so once."""
+        if self.implementation == "xla":
+            return False
+        tensor_devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        told = window_kernel.problem(
+            self.implementation,
+            window=window,
+            width=width,
+            head_width=self.head_width,
+            tensor_devices=tensor_devices,
+        )
+        if told:
+            logging.log_first_n(logging.INFO, "window attention 'xla' and not %r: %s", 1, self.implementation, told)
+        return not told
 
 
 class SwinBlock(nn.Module):
@@ -124,6 +169,7 @@ class SwinBlock(nn.Module):
     window: int = 8
     shifted: bool = False
     mlp_ratio: int | float = 4
+    window_attention: str = "xla"
     compute_dtype: Any = jnp.float32
 
     @nn.compact
@@ -136,30 +182,18 @@ class SwinBlock(nn.Module):
             y = LayerNorm(compute_dtype=self.compute_dtype, name=f"{name}_norm")(y)
             return y if drop is None else drop(branch, y)
 
-        x = constrain_batch(x)
-        x = x + residual(0, "attention", self._attend(x, valid))
-        y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
-        return x + residual(1, "mlp", y)
-
-    def _attend(self, x, valid):
-        images, rows, columns = x.shape[1:4]
+        rows, columns = x.shape[2:4]
         window = min(self.window, rows, columns)
         shift = self.window // 2 if self.shifted and min(rows, columns) > self.window else 0
-        pad = ((0, -rows % window), (0, -columns % window))
-        x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
-        valid = jnp.pad(valid, ((0, 0), (0, 0), *pad), constant_values=True)  # zeros beyond the edge are attended
-        num_windows = (x.shape[2] // window, x.shape[3] // window)
-        if shift:
+        pad = ((0, 0), (0, 0), (0, -rows % window), (0, -columns % window))
+        valid = jnp.pad(valid, pad, constant_values=True)  # zeros beyond the edge are attended
+        x = jnp.pad(constrain_batch(x), (*pad, (0, 0)))
+        if shift:  # all of the block: a token's place matters to attention alone
             x, valid = (jnp.roll(a, (-shift, -shift), axis=(2, 3)) for a in (x, valid))
-        split = "B I (P h) (Q w) ... -> B (I P Q) (h w) ..."
-        mask = rearrange(valid, split, h=window, w=window)[:, :, None, :]
+        attention = WindowAttention(self.head_width, self.window_attention, self.compute_dtype, name="attention")
+        x = x + residual(0, "attention", attention(x, seen=valid, window=window, shifted=bool(shift)))
+        y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
+        x = x + residual(1, "mlp", y)
         if shift:
-            regions = shift_regions(num_windows[0] * window, num_windows[1] * window, window=window, shift=shift)
-            mask = mask & np.tile(regions, (images, 1, 1))
-        attention = WindowAttention(self.head_width, self.compute_dtype, name="attention")
-        y = attention(rearrange(x, split, h=window, w=window), window=window, mask=mask)
-        join = "B (I P Q) (h w) D -> B I (P h) (Q w) D"
-        y = rearrange(y, join, h=window, w=window, P=num_windows[0], Q=num_windows[1])
-        if shift:
-            y = jnp.roll(y, (shift, shift), axis=(2, 3))
-        return y[:, :, :rows, :columns]
+            x = jnp.roll(x, (shift, shift), axis=(2, 3))
+        return x[:, :, :rows, :columns]

@@ -35,7 +35,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     model_flops = assembly.batch_flops(config, rows) / target.num_chips
     batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, rows))
-    attention = assembly.efficiency(config, chip.platform)["attention"]
+    efficiency = assembly.efficiency(config, chip.platform)
     (work, exposed), hosts = f.played(target), max(target.num_chips // chip.chips_per_host, 1)
     row = lambda name, number, remark="": f"  {name:<34}{number:>10}  {remark}".rstrip()  # noqa: E731
     gib = lambda num_bytes: f"{num_bytes / GIB:.2f}"  # noqa: E731
@@ -43,7 +43,8 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         f"{config.name}, batch {samples}, on {target} ({chip.source})",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in f.mesh_shape.items())}",
         f"remat {config.efficiency.remat}, microbatches {config.parts.microbatches}, logits in {config.parts.logits} "
-        f"parts, attention {attention}; config {config_lib.fingerprint(config, _PLANNED)}; {_compilers(chip)}",
+        f"parts, attention {efficiency['attention']}, in windows {efficiency['window_attention']}; "
+        f"config {config_lib.fingerprint(config, _PLANNED)}; {_compilers(chip)}",
         "",
         "of one device, GiB",
         row("state and batch", gib(f.state_bytes)),

@@ -48,7 +48,7 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {chip.name}"
 """
 # Without a device its compiler picks tiles for Triton's matrix products blindly, and fails on some.
-_GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 _QUICK: dict[str, dict[str, Any]] = {
     "tpu": {"exec_time_optimization_effort": -1.0},
     "gpu": {"xla_disable_hlo_passes": "triton-softmax-rewriter"},
@@ -191,7 +191,7 @@ def compile_step(
         lowered = traced.lower()
         stage("lowered")
         on_gpu = mesh.devices.flat[0].platform == "gpu"
-        options = (dict(_GPU_OPTIONS) if on_gpu else {}) | (_QUICK["gpu" if on_gpu else "tpu"] if quick else {})
+        options = (dict(GPU_OPTIONS) if on_gpu else {}) | (_QUICK["gpu" if on_gpu else "tpu"] if quick else {})
         try:
             compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:

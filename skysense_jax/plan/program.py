@@ -262,6 +262,8 @@ def _product_flops(i: hlo.Instruction, computation: hlo.Computation) -> float:
     if i.op == "custom-call" and 'custom_call_target="__cudnn$fmha' in i.rest:  # attention of B N A K and B M A K
         products = 5 if 'Backward"' in i.rest else 2
         return products * 2.0 * math.prod(operands[0]) * operands[1][1]
+    if i.op == "custom-call" and (said := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)):  # a kernel of ours
+        return float(said[1])
     if i.op == "convolution":
         return _convolution_flops(i, operands)
     return 0.0

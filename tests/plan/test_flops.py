@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
+from skysense_jax.kernels import window
 from skysense_jax.plan import flops
+from skysense_jax.sharding import make_mesh
 
 
 def counted(function, *shapes):
@@ -75,3 +77,19 @@ def test_attention_of_cudnn_counts_its_products(name, products):
     primitive.def_abstract_eval(lambda q, k, v: q)
     shapes = (2, 64, 4, 32), (2, 128, 4, 32), (2, 128, 4, 32)
     assert counted(primitive.bind, *shapes) == products * 2 * 2 * 64 * 4 * 32 * 128
+
+
+def test_kernel_of_ours_counts_what_it_says_on_every_device_of_a_mesh():
+    maps, images = (8, 8, 16, 64), 8
+    heads = 2
+
+    def mixed(query, bias, scale):
+        seen = jnp.ones(query.shape[:4], bool)
+        how = dict(shifted=False, head_width=32, implementation="mosaic", batch_axes=("data",))
+        return window.window_attention(query, query, query, bias, scale, seen, **how)
+
+    shapes = ((images, 1, *maps[1:]), (heads, 64, 64), (heads,))
+    wanted = 2 * 2 * images * 8 * 16 * 64 * 64
+    assert counted(mixed, *shapes) == wanted
+    with jax.set_mesh(make_mesh(8, 1, 1, 1)):
+        assert counted(mixed, *shapes) == wanted

@@ -235,3 +235,13 @@ ENTRY %main (a: f32[{image}], b: f32[{kernel}]) -> f32[{out}] {{
 }}
 """
     assert program.totals(program.read(text, {"data": 1})).flops == flops
+
+
+def test_totals_of_a_kernel_of_ours_are_what_it_says_and_its_arrays():
+    text = """ENTRY %main.1 (q.1: bf16[8,16,64]) -> bf16[8,16,64] {
+  %q.1 = bf16[8,16,64]{2,1,0} parameter(0)
+  ROOT %k.1 = bf16[8,16,64]{2,1,0} custom-call(%q.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv==","cost_estimate":{"flops":"1234","transcendentals":"5","bytes_accessed":"32768"}}}
+}
+"""  # noqa: E501
+    found = program.totals(program.read(text, {"data": 1}))
+    assert (found.flops, found.memory_bytes) == (1234.0, 2 * 8 * 16 * 64 * 2)

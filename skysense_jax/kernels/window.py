@@ -1,0 +1,91 @@
+"""Window attention of a Swin V2 block between its projections: which kernel, over which devices, and its gradient.
+
+Written plainly, for every window of 8 x 8 tokens, every head h and every token n of it, over the tokens m of the window
+that n may look at:
+
+    score[h, n, m] = scale[h] * unit(query[h, n]) . unit(key[h, m]) + bias[h, n, m]
+    out[h, n] = sum over m of softmax(score[h, n, :])[m] * value[h, m]
+
+unit(x) is x / |x|, zeros stay zeros. The same in XLA: models/swin.py. Next: window_tpu.py, window_gpu.py.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from skysense_jax.kernels import window_gpu, window_tpu
+
+# By name, and whether it runs as Python on any device, which is for tests.
+_KERNELS = {
+    "mosaic": (window_tpu, False),
+    "mosaic interpreted": (window_tpu, True),
+    "triton": (window_gpu, False),
+    "triton interpreted": (window_gpu, True),
+}
+
+
+def problem(implementation: str, *, window: int, width: int, head_width: int, tensor_devices: int) -> str:
+    """Why this kernel cannot take windows, width, heads or devices such as these; empty if it can."""
+    if tensor_devices > 1:
+        return f"heads over {tensor_devices} devices (config.mesh.tensor); wanted 1"
+    return _KERNELS[implementation][0].problem(window=window, width=width, head_width=head_width)
+
+
+def window_attention(
+    query: Any,  # B I P Q D: projected, heads merged, P and Q whole windows
+    key: Any,
+    value: Any,
+    bias: Any,  # A M M, fp32
+    scale: Any,  # A, fp32
+    seen: Any,  # B I P Q bool
+    *,
+    shifted: bool,
+    head_width: int,
+    implementation: str,
+    batch_axes: tuple[str, ...] = (),
+) -> Any:
+    """What each token gathers from the tokens of its window that are ``seen``, as ``query`` in shape and dtype.
+
+    A token that may look at none gets a finite mean that its caller must not use, with arbitrary gradients.
+    ``shifted``: the map was rolled by half a window, and what was no neighbour before is not looked at. On a mesh
+    (``jax.set_mesh``) samples lie over its ``batch_axes``, and each device works on its own.
+    """
+
+    def local(query, key, value, bias, scale, seen):
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
+        out = _attend(*flat, bias, scale, seen.reshape(-1, *seen.shape[2:]), shifted, head_width, implementation)
+        return out.reshape(query.shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return local(query, key, value, bias, scale, seen)
+    divided = query.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes) == 0
+    of_samples, whole = PartitionSpec(batch_axes if divided else None), PartitionSpec()
+    specs = (of_samples, of_samples, of_samples, whole, whole, of_samples)
+    return jax.shard_map(local, in_specs=specs, out_specs=of_samples, check_vma=False)(
+        query, key, value, bias, scale, seen
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(query, key, value, bias, scale, seen, shifted, head_width, implementation):
+    kernel, interpret = _KERNELS[implementation]
+    how = dict(shifted=shifted, head_width=head_width, interpret=interpret)
+    return kernel.forward(query, key, value, bias, scale, seen, **how)
+
+
+def _attend_forward(query, key, value, bias, scale, seen, shifted, head_width, implementation):
+    out = _attend(query, key, value, bias, scale, seen, shifted, head_width, implementation)
+    return out, (query, key, value, bias, scale, seen)
+
+
+def _attend_backward(shifted, head_width, implementation, kept, upstream):
+    kernel, interpret = _KERNELS[implementation]
+    how = dict(shifted=shifted, head_width=head_width, interpret=interpret)
+    return *kernel.backward(*kept, upstream, **how), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

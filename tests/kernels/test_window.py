@@ -1,0 +1,161 @@
+"""Fused window attention against the plain one of models/swin.py: values, gradients, meshes, what it cannot take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skysense_jax.kernels import window, window_tpu
+from skysense_jax.models.swin import SwinBlock
+from skysense_jax.sharding import make_mesh
+
+
+def _block(implementation, *, heads=3, head_width=32, dtype=jnp.float32, shifted=True, window_side=8):
+    return SwinBlock(
+        head_width=head_width,
+        window=window_side,
+        shifted=shifted,
+        mlp_ratio=1,
+        window_attention=implementation,
+        compute_dtype=dtype,
+    ), heads * head_width
+
+
+def _case(rows, columns, width, *, batch=2, images=1, share=0.7, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(batch, images, rows, columns, width)), jnp.float32)
+    valid = jnp.asarray(rng.random(x.shape[:-1]) < share)
+    return x, valid
+
+
+def _run(block, params, x, valid, upstream):
+    """Output, and gradients of parameters and tokens; nothing comes from above to invalid tokens."""
+
+    def loss(params, x):
+        out = block.apply(params, x, valid=valid).astype(jnp.float32)
+        return (out * upstream * valid[..., None]).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    return {"out": jnp.where(valid[..., None], out, 0), **dict(jax.tree_util.tree_leaves_with_path(gradients))}
+
+
+def _both(kernel, *, rows, columns, share=0.7, images=1, **sizes):
+    plain, width = _block("xla", **sizes)
+    fused, _ = _block(f"{kernel} interpreted", **sizes)
+    x, valid = _case(rows, columns, width, images=images, share=share)
+    params = jax.jit(plain.init)(jax.random.key(1), x, valid=valid)
+    upstream = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
+    return [_run(block, params, x, valid, upstream) for block in (plain, fused)]
+
+
+KERNELS = pytest.mark.parametrize("kernel", ["mosaic", "triton"])
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("rows", "columns", "sizes"),
+    [
+        (8, 16, dict(shifted=False)),
+        (16, 24, dict()),  # shifted; an odd number of windows in a row
+        (13, 18, dict(heads=5)),  # padded, and a last group of one head
+        (24, 16, dict(heads=4, images=3)),
+        (16, 16, dict(heads=2, head_width=64)),
+        (16, 8, dict(heads=9, head_width=16)),  # eight heads a group, one window wide: not shifted
+    ],
+)
+def test_block_with_the_kernel_equals_the_plain_one_in_values_and_gradients(kernel, rows, columns, sizes):
+    plain, fused = _both(kernel, rows=rows, columns=columns, **sizes)
+    assert plain.keys() == fused.keys()
+    for name, wanted in plain.items():
+        largest = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(fused[name], wanted, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=str(name))
+
+
+@KERNELS
+def test_bfloat16_kernel_is_as_near_to_fp32_as_the_plain_one(kernel):
+    exact, _ = _both(kernel, rows=16, columns=24, images=3)
+    plain, fused = _both(kernel, rows=16, columns=24, images=3, dtype=jnp.bfloat16)
+    for name, wanted in exact.items():
+        wanted = np.asarray(wanted, np.float32)
+        errors = [np.abs(np.asarray(found[name], np.float32) - wanted) for found in (plain, fused)]
+        for share in (50, 90):
+            allowed, got = (np.percentile(error, share) for error in errors)
+            assert got <= 1.5 * allowed + 0.01 * np.abs(wanted).max(), (name, share)
+
+
+@KERNELS
+def test_kernel_on_a_mesh_equals_one_device(kernel):
+    fused, width = _block(f"{kernel} interpreted")
+    x, valid = _case(16, 16, width, batch=8)
+    params = jax.jit(fused.init)(jax.random.key(1), x, valid=valid)
+    upstream = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
+    alone = _run(fused, params, x, valid, upstream)
+    mesh = make_mesh(2, 2, 1, 2)
+    with jax.set_mesh(mesh):
+        spread = _run(fused, params, x, valid, upstream)
+    for name, wanted in alone.items():
+        largest = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(spread[name], wanted, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=str(name))
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (dict(window=7, width=96, head_width=32, tensor_devices=1), "windows of 7 x 7 tokens; wanted 8 x 8"),
+        (dict(window=8, width=96, head_width=48, tensor_devices=1), "heads of 48 in a width of 96"),
+        (dict(window=8, width=96, head_width=32, tensor_devices=2), "heads over 2 devices"),
+    ],
+)
+def test_what_a_kernel_cannot_take_is_told(kernel, sizes, told):
+    assert told in window.problem(kernel, **sizes)
+
+
+def test_block_that_no_kernel_takes_is_plain_and_says_so(caplog):
+    with caplog.at_level("INFO"):
+        plain, fused = _both("mosaic", rows=14, columns=14, window_side=7)
+    assert "window attention 'xla' and not 'mosaic interpreted': windows of 7 x 7 tokens" in caplog.text
+    for name, wanted in plain.items():
+        np.testing.assert_array_equal(fused[name], wanted)
+
+
+def test_blocks_hold_whole_windows_and_fit_the_chip():
+    for columns, width in ((128, 352), (64, 704), (24, 96), (512, 1408)):
+        block = window_tpu.columns_of_block(columns, width, itemsize=2)
+        assert columns % block == block % 8 == 0
+        assert 7 * 2 * 8 * block * (-(-width // 128) * 128) * 2 < 32 * 2**20
+
+
+def test_traffic_is_that_of_the_blocks_that_the_grid_visits():
+    """Against the specs that the kernels are called with: each block that is not where it was before, moved once."""
+    shape = (2, 16, 24, 96)
+    query = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    bias, scale = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.float32)
+    seen = jax.ShapeDtypeStruct(shape[:3], jnp.bool_)
+    static = dict(shifted=False, head_width=32)
+    wanted = window_tpu.traffic_bytes(shape, head_width=32, itemsize=2)
+    small = (query, query, query, bias, scale, seen)
+    for name, traced in (
+        ("forward", jax.make_jaxpr(lambda *a: window_tpu.forward(*a, **static))(*small)),
+        ("backward", jax.make_jaxpr(lambda *a: window_tpu.backward(*a, **static))(*small, query)),
+    ):
+        (call,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
+        assert _moved(call.params["grid_mapping"]) == wanted[name], name
+
+
+def _moved(mapping):
+    """Bytes by walking the grid; the last axis of a block is padded to 128 lanes, single rows to 8."""
+    total = 0
+    for block in mapping.block_mappings:
+        aval = block.array_aval
+        shape = tuple(int(getattr(size, "block_size", size)) for size in block.block_shape)
+        padded = (*shape[:-1], -(-shape[-1] // 128) * 128)
+        before, visits = None, 0
+        for place in np.ndindex(*mapping.grid):
+            at = tuple(
+                int(i) for i in jax.core.eval_jaxpr(block.index_map_jaxpr.jaxpr, block.index_map_jaxpr.consts, *place)
+            )
+            visits += at != before
+            before = at
+        total += visits * int(np.prod(padded)) * aval.dtype.itemsize
+    return total
