@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from skysense_jax import targets
 
-_ENOUGH = 8  # chips that parameters are divided over: 3 GiB of state are left of `huge`; of 64, shards of 11 rows
+_ENOUGH = 8  # chips that parameters are divided over: 2 GiB of state are left of `huge`; of 64, shards of 11 rows
 
 
 def on(config: ConfigDict, target: str) -> ConfigDict:

@@ -4,7 +4,7 @@
 # command everywhere; the workers find each other through the TPU's metadata server. DIR and the data are on storage
 # that all workers mount, or gs://bucket/name (launch/README.md). Told to stop, the run saves and ends with status 75;
 # this script then starts it again while the TPU is there, at most RETRIES times. A Spot TPU that was taken away does not
-# come back by itself: the script ends with 75 and says so.
+# come back by itself: the script ends with 75 and says so. TPU_PYTHON: the workers' Python, 3.11 or newer.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: bash $0 NAME ZONE --config=FILE --workdir=DIR [--config.a.b=value ...]" >&2; exit 2; }
 name=$1 zone=$2
@@ -23,7 +23,7 @@ install() {
   gcloud compute tpus tpu-vm scp "$archive" "$name:$target.tar.gz" --zone="$zone" --worker=all
   on_all "pkill -TERM -f [s]kysense_jax.train; while pgrep -f [s]kysense_jax.train >/dev/null; do sleep 5; done
     mkdir -p $target && tar -C $target -xzf $target.tar.gz && cd $target && { [ -x .venv/bin/python ] ||
-    python3 -m venv .venv; } && .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' --editable '.[gcs]'"
+    ${TPU_PYTHON:-python3} -m venv .venv; } && .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' --editable '.[gcs]'"
 }
 
 # Ends this script if the TPU does not come back by itself: a pre-empted Spot TPU does not.
@@ -46,7 +46,7 @@ for ((try = 1; try <= retries; try++)); do
   wait_until_ready
   install
   status=0
-  on_all "cd $target && exec .venv/bin/python$train" 2>&1 | tee "$log" || status=$?
+  on_all "cd $target && export JAX_COMPILATION_CACHE_DIR=\$PWD/.cache/jax && exec .venv/bin/python$train" 2>&1 | tee "$log" || status=$?
   [ "$status" -eq 0 ] && exit 0
   echo "$(date -Is) try $try of $retries ended with status $status" >&2
   # The trainer says that it is to be started again; 255: the connection was lost, as when a worker is taken away.

@@ -65,8 +65,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, expert: int, devices: Sequence[
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"config.mesh: {sizes} asks for {abs(math.prod(sizes.values()))} devices or a multiple; "
-            f"there are {len(devices)}"
+            f"config.mesh: {sizes} asks for {known} devices{' or a multiple' if free else ''}; there are {len(devices)}"
         )
     shape = tuple(sizes.values())
     if devices[0].platform != "tpu":

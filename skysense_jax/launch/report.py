@@ -98,13 +98,14 @@ def compare(facts: Sequence[Mapping[str, Any]], *, clock_offsets_s: Sequence[flo
     ]
     first = facts[0]
     found = [f"{source['files']} files, {source['bytes'] / 2**30:.3g} GiB" for source in first["sources"].values()]
+    devices = [f"{count} {kind}" for kind, count in first["device_files"].items() if count]
     spread = max(clock_offsets_s) - min(clock_offsets_s)
     lines = {
         "versions": ", ".join(f"{name} {first['versions'][name]}" for name in ("python", "jax", "jaxlib", "flax")),
         "code": f"skysense_jax {first['code']}",
         "config": f"{len(first['config'].splitlines())} fields",
         "flags": ", ".join(name for name, value in first["flags"].items() if value) or "none set",
-        "devices": ", ".join(f"{count} {kind}" for kind, count in first["device_files"].items() if count) or "no file",
+        "devices": ", ".join(devices) or "none in /dev; jax not started",
         "data": "; ".join(found) or "procedural scenes",
         "clocks": f"within {spread:.2f} s",
     }
