@@ -74,8 +74,8 @@ def parse(text: str) -> Target:
     num_slices = math.ceil(number / chip.largest_slice)
     if number < 1 or number % num_slices or (number // num_slices) & (number // num_slices - 1):
         raise ValueError(
-            f"target: {text}: wanted 1, 2, 4, 8 ... chips, a power of two; above {chip.largest_slice}, the most of a slice, "
-            "whole slices of such a number"
+            f"target: {text}: wanted 1, 2, 4, 8 ... chips, a power of two; above {chip.largest_slice}, whole slices of "
+            "such a number each"
         )
     return Target(chip, number, num_slices, remark)
 
