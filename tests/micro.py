@@ -64,7 +64,10 @@ def assembled_once(config, platform=None):
     same = config.copy_and_resolve_references()
     for section in ("run", "eval"):
         del same[section]
-    return _ASSEMBLED.setdefault((str(same), platform), assembly.assemble(config, platform))
+    key = str(same), platform
+    if key not in _ASSEMBLED:
+        _ASSEMBLED[key] = assembly.assemble(config, platform)
+    return _ASSEMBLED[key]
 
 
 class Compiled:

@@ -123,6 +123,17 @@ def test_run_that_ends_inside_the_range_leaves_no_trace_and_no_profiler_on(progr
     assert len(run(program, tmp_path, range(3, 5))) == 2  # another can start
 
 
+def test_trace_that_cannot_be_read_is_told_and_the_run_goes_on(program, tmp_path, monkeypatch, caplog):
+    def fail(path):
+        raise ValueError("a plane never seen")
+
+    monkeypatch.setattr(profiling.trace, "read", fail)
+    assert run(program, tmp_path, range(3, 6)) == [5]  # no numbers
+    assert traces(tmp_path) == ["steps_3_5"]
+    assert "the trace cannot be read here" in caplog.text
+    assert "a plane never seen" in caplog.text
+
+
 def test_processes_of_a_host_do_not_write_over_each_other(program, tmp_path, monkeypatch):
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)

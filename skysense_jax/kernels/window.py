@@ -11,10 +11,10 @@ unit(x) is x / |x|, zeros stay zeros. The same in XLA: models/swin.py. Next: win
 
 import functools
 import math
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from skysense_jax.kernels import window_gpu, window_tpu
 
@@ -35,20 +35,21 @@ def problem(implementation: str, *, window: int, width: int, head_width: int, te
 
 
 def window_attention(
-    query: Any,  # B I P Q D: projected, heads merged, P and Q whole windows
-    key: Any,
-    value: Any,
-    bias: Any,  # A M M, fp32
-    scale: Any,  # A, fp32
-    seen: Any,  # B I P Q bool
+    query: Float[Array, "B I P Q D"],
+    key: Float[Array, "B I P Q D"],
+    value: Float[Array, "B I P Q D"],
+    bias: Float[Array, "A M M"],
+    scale: Float[Array, " A"],
+    seen: Bool[Array, "B I P Q"],
     *,
     shifted: bool,
     head_width: int,
     implementation: str,
     batch_axes: tuple[str, ...] = (),
-) -> Any:
-    """What each token gathers from the tokens of its window that are ``seen``, as ``query`` in shape and dtype.
+) -> Float[Array, "B I P Q D"]:
+    """What each token gathers from the tokens of its window that are ``seen``, in the dtype of ``query``.
 
+    Maps are projected, their heads merged, their sides whole windows; ``bias`` and ``scale`` are fp32.
     A token that may look at none gets a finite mean that its caller must not use, with arbitrary gradients.
     ``shifted``: the map was rolled by half a window, and what was no neighbour before is not looked at. On a mesh
     (``jax.set_mesh``) samples lie over its ``batch_axes``, and each device works on its own.

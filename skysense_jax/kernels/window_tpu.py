@@ -2,11 +2,11 @@
 on-chip memory, forward and backward.
 
 A head is 32 lanes of a register's 128, so four heads (a *group*) are worked on together. Keys of a window are laid out
-once a head, zero outside the head's lanes (``_spread``): one product with all 128 lanes then gives the scores of four
-heads side by side, 64 keys each; its transpose adds up again (``_own``). Sums over a head's lanes, or over the keys of
-a head, are products with zeros and ones too, in two parts where one would round: the matrix units have time to spare,
-the units that reduce across lanes have not. Every stage is written for all windows and groups at hand before the next
-begins: the compiler schedules what it finds near, and a chain of dependent products waits for each of them.
+once a head, zero outside the head's lanes (``_Windows.spread``): one product with all 128 lanes then gives the scores
+of four heads side by side, 64 keys each; its transpose adds up again (``_Windows.own``). Sums over a head's lanes, or
+over the keys of a head, are products with zeros and ones too, in two parts where one would round: the matrix units have
+more time to spare than those that reduce across lanes. Every stage is written for all windows and groups at hand before
+the next begins: the compiler schedules what it finds near, and a chain of dependent products waits for each of them.
 
 Mathematics, arguments and gradients: window.py. Source: Swin V2 (arXiv 2111.09883) sec. 3; the layout is ours.
 """
@@ -303,8 +303,7 @@ class _Call:
         )
         self.specs = [whole(bias), whole(scale), of_seen, whole(same)]
 
-    def __call__(self, kernel, maps, outputs, out_specs, *, name, traffic, interpret):
-        products = 2 if name.endswith("forward") else 5  # of scores with channels
+    def __call__(self, kernel, maps, outputs, out_specs, *, name, products, traffic, interpret):
         return pl.pallas_call(
             functools.partial(kernel, **self.static),
             grid=self.grid,
@@ -331,6 +330,7 @@ def forward(query, key, value, bias, scale, seen, *, shifted: bool, head_width: 
         out,
         call.map,
         name="window_attention_forward",
+        products=2,
         traffic=traffic,
         interpret=interpret,
     )
@@ -352,6 +352,7 @@ def backward(query, key, value, bias, scale, seen, upstream, *, shifted, head_wi
         ],
         [call.map] * 3 + [of_image(TOKENS, heads * TOKENS), of_image(1, query.shape[3])],
         name="window_attention_backward",
+        products=5,
         traffic=traffic,
         interpret=interpret,
     )

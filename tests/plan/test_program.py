@@ -245,3 +245,30 @@ def test_totals_of_a_kernel_of_ours_are_what_it_says_and_its_arrays():
 """  # noqa: E501
     found = program.totals(program.read(text, {"data": 1}))
     assert (found.flops, found.memory_bytes) == (1234.0, 2 * 8 * 16 * 64 * 2)
+
+
+def test_notations_and_types_that_are_not_known_are_refused():
+    with pytest.raises(ValueError, match=r"replica_groups=<new>.*: a notation of groups that is not known"):
+        hlo.groups(", replica_groups=<new>, dimensions={0}", 8)
+    assert hlo.groups(", replica_groups={}, dimensions={0}", 4) == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match=r"unknown types \['f4new'\]"):
+        hlo.parse("ENTRY %main (x.1: f32[8]) -> f32[8] {\n  ROOT %x.1 = f4new[8]{0} parameter(0)\n}\n")
+
+
+def test_of_a_conditional_the_dearest_branch_counts():
+    text = """%cheap (a.1: f32[8,8]) -> f32[8,8] {
+  ROOT %a.1 = f32[8,8]{1,0} parameter(0)
+}
+
+%dear (b.1: f32[8,8]) -> f32[8,8] {
+  %b.1 = f32[8,8]{1,0} parameter(0)
+  ROOT %d.1 = f32[8,8]{1,0} dot(%b.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (p.1: s32[], x.1: f32[8,8]) -> f32[8,8] {
+  %p.1 = s32[] parameter(0)
+  %x.1 = f32[8,8]{1,0} parameter(1)
+  ROOT %c.1 = f32[8,8]{1,0} conditional(%p.1, %x.1, %x.1), branch_computations={%dear, %cheap, %dear}
+}
+"""
+    assert program.totals(program.read(text, {"data": 1})).flops == 2 * 8**3
