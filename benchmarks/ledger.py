@@ -27,7 +27,7 @@ from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.plan import forecast
 
 _FUSED = {"tpu": "mosaic", "gpu": "triton"}
-_GLOBAL = {"tpu": "xla", "gpu": "cudnn"}
+_GLOBAL = {"tpu": "mosaic", "gpu": "cudnn"}
 
 
 def blocks(config, *, side: int, platform: str) -> Iterator[tuple[str, Any, tuple[int, ...], dict]]:
@@ -44,10 +44,10 @@ def blocks(config, *, side: int, platform: str) -> Iterator[tuple[str, Any, tupl
     for stage in (3, 4):
         width, tokens = model.width * 2 ** (stage - 1), side // 2 ** (stage - 1)
         offsets = np.concatenate((token_offsets((tokens, tokens), (tokens, tokens)), np.zeros((model.num_prompts, 2))))
-        implementation = _GLOBAL[platform]
-        block = GlobalBlock(model.head_width, layer_scale_init=1e-5, attention=implementation, **common)
-        name = f"global {width}, {tokens} x {tokens} + {model.num_prompts}, {implementation}"
-        yield name, block, (len(offsets), width), dict(turn=rotation(offsets, head_width=model.head_width))
+        for implementation in ("xla", _GLOBAL[platform]):
+            block = GlobalBlock(model.head_width, layer_scale_init=1e-5, attention=implementation, **common)
+            name = f"global {width}, {tokens} x {tokens} + {model.num_prompts}, {implementation}"
+            yield name, block, (len(offsets), width), dict(turn=rotation(offsets, head_width=model.head_width))
 
 
 def ideal_flops(shape: tuple[int, ...], *, mlp_ratio: float, window: int) -> float:
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--target", required=True, help="KIND:CHIPS, of which one is asked")
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--only", default="", help="blocks whose name holds this")
     parser.add_argument("--side", type=int, default=128, help="stage-1 tokens along a side: 128 are 512 px of patch 4")
     given = parser.parse_args()
     config, target = config_lib.load(given.config), targets.parse(given.target)
@@ -104,6 +105,8 @@ def main() -> None:
     print(f"{config.name}, {given.images} images, on one {target.chip.name}; jax {jax.__version__}")
     print(f"{'block':<44}{'FLOPs x':>8}{'GiB':>9}{'guess ms':>10}{'ideal ms':>9}{'temp MiB':>9}", flush=True)
     for name, block, shape, more in blocks(config, side=given.side, platform=target.chip.platform):
+        if given.only not in name:
+            continue
         how = dict(images=given.images, device=device, chip=target.chip, model=config.model.backbone)
         print(row(name, block, shape, more, **how), flush=True)
 

@@ -51,7 +51,9 @@ def _efficiency() -> dict:
     return dict(
         remat="blocks",  # recomputed in the backward pass: "none", "matmuls" (all but matrix products), "blocks" (all)
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        attention="auto",  # "xla"; "cudnn" outside windows (bf16, NVIDIA GPUs; not run); "auto": by target, kernels too
+        # "xla": no kernel; "mosaic": ours for TPUs (not run on one); "cudnn": outside windows, bf16, NVIDIA GPUs (not
+        # run); "cudnn+triton": and ours in them (not run); "auto": "mosaic" or "cudnn" by what the step is for.
+        attention="auto",
     )
 
 

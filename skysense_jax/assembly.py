@@ -42,10 +42,10 @@ class Run:
 
 
 def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
-    """``config.efficiency`` as the networks take it.
+    """``config.efficiency`` as the networks take it: its attention is that outside and that inside windows.
 
-    Attention "auto" is in global blocks "cudnn" on NVIDIA GPUs if it takes the config, in windows the kernel "mosaic"
-    on TPUs (where a block's sizes do not suit it, the block says so), and else "xla".
+    "auto" is "mosaic" on TPUs, "cudnn" on NVIDIA GPUs if it takes the config, and else "xla"; where a kernel of ours
+    does not take a block's sizes, the block says so and is "xla".
     ``platform`` is that of the devices that the step is for ("cpu", "tpu", "gpu"), by default of those here.
 
     Raises:
@@ -53,16 +53,17 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
     """
     platform, asked = platform or jax.default_backend(), config.efficiency.attention
     has_cudnn = platform == "gpu" and _takes_cudnn(jax.devices()[0])
-    if asked == "cudnn" and not has_cudnn:
-        raise ValueError(f"config.efficiency.attention: got 'cudnn' on {platform}; wanted 'auto' or 'xla' there")
-    chosen = asked
+    has = ("auto", "xla", *("mosaic",) * (platform == "tpu"), *("cudnn", "cudnn+triton") * has_cudnn)
+    if asked not in has:
+        wanted = " or ".join(repr(name) for name in has)
+        raise ValueError(f"config.efficiency.attention: got {asked!r} on {platform}; wanted {wanted} there")
     if asked == "auto":
         problems = list(config_checks.cudnn_problems(config)) if has_cudnn else []
-        chosen = "cudnn" if has_cudnn and not problems else "xla"
+        asked = "mosaic" if platform == "tpu" else "cudnn" if has_cudnn and not problems else "xla"
         if problems:
             logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
-    windows = "mosaic" if asked == "auto" and platform == "tpu" else "xla"
-    return {**config.efficiency, "attention": chosen, "window_attention": windows}
+    outside, inside = {"cudnn": ("cudnn", "xla"), "cudnn+triton": ("cudnn", "triton")}.get(asked, (asked, asked))
+    return {**config.efficiency, "attention": outside, "window_attention": inside}
 
 
 def _takes_cudnn(device: Any) -> bool:

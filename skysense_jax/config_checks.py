@@ -111,7 +111,7 @@ _RULES: Mapping[str, _Rule] = {
     "mesh.*": _MESH_SIZE,
     "efficiency.remat": _one_of("none", "matmuls", "blocks"),
     "efficiency.scan_unroll": _whole(1),
-    "efficiency.attention": _one_of("auto", "xla", "cudnn"),
+    "efficiency.attention": _one_of("auto", "xla", "mosaic", "cudnn", "cudnn+triton"),
     "parts.*": _whole(1),
     "data.modalities": _NAMES,
     "data.new_modalities": _ROWS,
@@ -334,7 +334,7 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.model.backbone.experts_per_token: got {backbone.experts_per_token}; wanted at most num_experts, "
             f"{backbone.num_experts}"
         )
-    if config.efficiency.attention == "cudnn":
+    if config.efficiency.attention in ("cudnn", "cudnn+triton"):
         yield from cudnn_problems(config)
     if backbone.head_width % 4:
         yield (

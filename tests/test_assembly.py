@@ -1,6 +1,7 @@
 """What a config means on the devices that its step is for."""
 
 import logging
+import re
 import types
 
 import pytest
@@ -14,15 +15,20 @@ def config():
     return base.get_config()
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "xla"), ("tpu", "xla"), ("gpu", "cudnn")])
-def test_efficiency_attention_follows_the_target(config, platform, chosen):
-    assert assembly.efficiency(config, platform) == {
-        **config.efficiency,
-        "attention": chosen,
-        "window_attention": "mosaic" if platform == "tpu" else "xla",
-    }
-    config.efficiency.attention = "xla"
-    assert assembly.efficiency(config, platform)["attention"] == "xla"
+@pytest.mark.parametrize(
+    ("platform", "asked", "outside", "inside"),
+    [
+        ("cpu", "auto", "xla", "xla"),
+        ("tpu", "auto", "mosaic", "mosaic"),
+        ("gpu", "auto", "cudnn", "xla"),
+        ("gpu", "cudnn+triton", "cudnn", "triton"),
+        ("tpu", "xla", "xla", "xla"),
+    ],
+)
+def test_efficiency_attention_follows_the_target_and_what_is_asked(config, platform, asked, outside, inside):
+    config.efficiency.attention = asked
+    of_attention = dict(attention=outside, window_attention=inside)
+    assert assembly.efficiency(config, platform) == {**config.efficiency, **of_attention}
 
 
 def test_efficiency_shapes_that_cudnn_cannot_train_on_fall_back_with_one_line(config, caplog):
@@ -39,7 +45,18 @@ def test_efficiency_attention_asks_the_gpu_that_is_here(config, capability, chos
     assert assembly.efficiency(config, "gpu")["attention"] == chosen
 
 
-def test_efficiency_cudnn_elsewhere_is_refused(config):
-    config.efficiency.attention = "cudnn"
-    with pytest.raises(ValueError, match="attention: got 'cudnn' on tpu; wanted 'auto' or 'xla'"):
-        assembly.assemble(config, "tpu")
+@pytest.mark.parametrize(
+    ("platform", "asked", "wanted"),
+    [
+        ("tpu", "cudnn", "'auto' or 'xla' or 'mosaic'"),
+        ("cpu", "mosaic", "'auto' or 'xla'"),
+        ("gpu", "mosaic", "'auto' or 'xla' or 'cudnn' or 'cudnn\\+triton'"),
+        ("cpu", "cudnn+triton", "'auto' or 'xla'"),
+    ],
+)
+def test_efficiency_kernel_of_another_target_is_refused(config, platform, asked, wanted):
+    config.efficiency.attention = asked
+    with pytest.raises(
+        ValueError, match=f"attention: got {re.escape(repr(asked))} on {platform}; wanted {wanted} there"
+    ):
+        assembly.assemble(config, platform)

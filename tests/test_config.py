@@ -71,7 +71,7 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("run.tensorboard", 1, "True or False"),
     ("run.max_bad_record_share", 1.2, "from 0 to 1"),
     ("efficiency.remat", "all", "one of 'none', 'matmuls', 'blocks'"),
-    ("efficiency.attention", "flash", "one of 'auto', 'xla', 'cudnn'"),
+    ("efficiency.attention", "flash", "one of 'auto', 'xla', 'mosaic', 'cudnn', 'cudnn+triton'"),
     ("efficiency.attention", "cudnn", "config.model.compute_dtype 'float32'; wanted 'bfloat16'"),
     ("model.compute_dtype", "float16", "one of 'bfloat16', 'float32'"),
     ("model.backbone.merging", "mean", "one of 'averaged', 'separate'"),

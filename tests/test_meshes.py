@@ -1,11 +1,11 @@
-"""However a batch lies on devices and however it is cut, the loss and its gradients are those of one device."""
+"""However a batch lies on devices, however it is cut, and whatever kernels attend: the same loss and gradients."""
 
 import jax
 import numpy as np
 import pytest
 from micro import Compiled, mesh_config
 
-from skysense_jax import sharding, train
+from skysense_jax import assembly, sharding, train
 
 # (data, fsdp, tensor, expert), then (microbatches, logits)
 LAYOUTS = [
@@ -16,9 +16,9 @@ LAYOUTS = [
 ]
 
 
-def _step(layout, parts, element):
+def _step(layout, parts, element, config=None):
     """Metrics and Adam's first moments after one step: from zero, the clipped gradient times 1 - beta1."""
-    config = mesh_config()
+    config = config or mesh_config()
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout)))
     config.parts.update(microbatches=parts[0], logits=parts[1])
     step = Compiled(config, jax.devices()[: np.prod(layout)])
@@ -39,13 +39,28 @@ def alone(element):
 
 @pytest.mark.parametrize(("layout", "parts"), LAYOUTS)
 def test_layout_equals_one_device_in_every_number_and_gradient(layout, parts, alone, element):
-    metrics, moments = _step(layout, parts, element)
-    assert metrics.keys() == alone[0].keys()
-    for name, value in alone[0].items():
+    _assert_same(_step(layout, parts, element), alone)
+
+
+def _assert_same(found, wanted):
+    (metrics, moments), (wanted_metrics, wanted_moments) = found, wanted
+    assert metrics.keys() == wanted_metrics.keys()
+    for name, value in wanted_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert moments.keys() == alone[1].keys()
-    for path, value in alone[1].items():
+    assert moments.keys() == wanted_moments.keys()
+    for path, value in wanted_moments.items():
         largest = float(np.abs(value).max())
         np.testing.assert_allclose(
             moments[path], value, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=jax.tree_util.keystr(path)
         )
+
+
+def test_step_with_kernels_in_and_outside_windows_equals_the_plain_one(monkeypatch):
+    """Eight devices, of which the kernels know; aerial views of 32 x 32 stage-1 tokens."""
+    config = mesh_config()
+    config.data.update(modalities=("hr",), num_dates=dict(hr=1))
+    element = next(iter(train.make_pipeline(config)))
+    plain = _step((1, 1, 1, 1), (1, 1), element, config.copy_and_resolve_references())
+    of_config, kernels = assembly.efficiency, dict.fromkeys(("attention", "window_attention"), "mosaic interpreted")
+    monkeypatch.setattr(assembly, "efficiency", lambda *args: of_config(*args) | kernels)
+    _assert_same(_step((2, 2, 1, 2), (1, 1), element, config), plain)

@@ -1,22 +1,25 @@
 """Multi-head attention over tokens whose heads stay merged in the last axis, and its rotary position embedding.
 
 Heads are 32 wide [published]; split as the last axis they would be padded to 128 lanes on a TPU wherever they are
-stored, so the split happens inside ``attend`` only. Scores and softmax are fp32.
-Next: swin.py (window attention on top of ``attend``), vit.py.
+stored, so the split happens inside ``attend`` and kernels only. Scores and softmax are fp32.
+Next: swin.py (window attention on top of ``attend``), vit.py, kernels/full.py.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from skysense_jax.kernels import full as full_kernel
 from skysense_jax.models.layers import Dense
-from skysense_jax.sharding import EMBED, HEADS
+from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES
 
 SHORTEST_WAVELENGTH_CELLS, LONGEST_WAVELENGTH_CELLS = 1.0, 128.0
 
@@ -87,8 +90,24 @@ def rotate(x: Float[Array, "*rows N D"], turn: Rotation, *, head_width: int) -> 
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+@functools.cache
+def fall_back(what: str, implementation: str, why: str) -> None:
+    """Says that a kernel was not taken, once for each reason."""
+    logging.info("%s 'xla' and not %r: %s", what, implementation, why)
+
+
+def tensor_devices() -> int:
+    """Devices over which the mesh at hand divides heads."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
 class SelfAttention(nn.Module):
-    """Multi-head attention of the tokens of an image to each other, with biases on query, key, value and output."""
+    """Multi-head attention of the tokens of an image to each other, with biases on query, key, value and output.
+
+    Attributes:
+      implementation: a kernel of kernels/full.py, which falls back to "xla" on sizes that it does not take, or one of
+        ``attend``'s.
+    """
 
     head_width: int
     implementation: str = "xla"
@@ -102,15 +121,30 @@ class SelfAttention(nn.Module):
         project = lambda name: Dense(  # noqa: E731
             x.shape[-1], axes=(EMBED, HEADS), compute_dtype=self.compute_dtype, name=name
         )(x)
-        query, key, value = project("query"), project("key"), project("value")
-        if turn is not None:
-            query, key = (rotate(y, turn, head_width=self.head_width) for y in (query, key))
-        mixed = attend(
-            query,
-            key,
-            value,
-            head_width=self.head_width,
-            mask=valid[:, :, None, :],
-            implementation=self.implementation,
-        )
+        mixed = self._mixed(project("query"), project("key"), project("value"), valid, turn)
         return Dense(x.shape[-1], axes=(HEADS, EMBED), compute_dtype=self.compute_dtype, name="output")(mixed)
+
+    def _mixed(self, query, key, value, valid, turn):
+        implementation = self.implementation
+        if implementation in full_kernel.NAMES:
+            sizes = dict(num_tokens=query.shape[2], width=query.shape[3], itemsize=query.dtype.itemsize)
+            sizes |= dict(head_width=self.head_width, tensor_devices=tensor_devices())
+            if not (told := full_kernel.problem(**sizes)):
+                rules = dict(LOGICAL_AXIS_RULES)
+                return full_kernel.full_attention(
+                    query,
+                    key,
+                    value,
+                    valid,
+                    turn and (turn.cos, turn.sin),
+                    head_width=self.head_width,
+                    implementation=implementation,
+                    batch_axes=rules[BATCH],
+                    head_axis=rules[HEADS],
+                )
+            fall_back("attention", implementation, told)
+            implementation = "xla"
+        if turn is not None:
+            query, key = (rotate(x, turn, head_width=self.head_width) for x in (query, key))
+        mask = valid[:, :, None, :]
+        return attend(query, key, value, head_width=self.head_width, mask=mask, implementation=implementation)

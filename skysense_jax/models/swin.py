@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from skysense_jax.kernels import window as window_kernel
-from skysense_jax.models.attention import attend
+from skysense_jax.models.attention import attend, fall_back, tensor_devices
 from skysense_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, constant, partitioned
 from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES, UNSHARDED, constrain_batch
 
@@ -143,16 +142,10 @@ class WindowAttention(nn.Module):
         """Whether the implementation is a kernel that takes these sizes; if not, says so once."""
         if self.implementation == "xla":
             return False
-        tensor_devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-        told = window_kernel.problem(
-            self.implementation,
-            window=window,
-            width=width,
-            head_width=self.head_width,
-            tensor_devices=tensor_devices,
-        )
+        sizes = dict(window=window, width=width, head_width=self.head_width)
+        told = window_kernel.problem(self.implementation, **sizes, tensor_devices=tensor_devices())
         if told:
-            logging.log_first_n(logging.INFO, "window attention 'xla' and not %r: %s", 1, self.implementation, told)
+            fall_back("window attention", self.implementation, told)
         return not told
 
 

@@ -8,6 +8,7 @@ import pytest
 from skysense_jax.kernels import window, window_tpu
 from skysense_jax.models.swin import SwinBlock
 from skysense_jax.sharding import make_mesh
+from tests.kernels.grid import moved
 
 
 def _block(implementation, *, heads=3, head_width=32, dtype=jnp.float32, shifted=True, window_side=8):
@@ -140,22 +141,4 @@ def test_traffic_is_that_of_the_blocks_that_the_grid_visits():
         ("backward", jax.make_jaxpr(lambda *a: window_tpu.backward(*a, **static))(*small, query)),
     ):
         (call,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
-        assert _moved(call.params["grid_mapping"]) == wanted[name], name
-
-
-def _moved(mapping):
-    """Bytes by walking the grid; the last axis of a block is padded to 128 lanes, single rows to 8."""
-    total = 0
-    for block in mapping.block_mappings:
-        aval = block.array_aval
-        shape = tuple(int(getattr(size, "block_size", size)) for size in block.block_shape)
-        padded = (*shape[:-1], -(-shape[-1] // 128) * 128)
-        before, visits = None, 0
-        for place in np.ndindex(*mapping.grid):
-            at = tuple(
-                int(i) for i in jax.core.eval_jaxpr(block.index_map_jaxpr.jaxpr, block.index_map_jaxpr.consts, *place)
-            )
-            visits += at != before
-            before = at
-        total += visits * int(np.prod(padded)) * aval.dtype.itemsize
-    return total
+        assert moved(call.params["grid_mapping"]) == wanted[name], name
