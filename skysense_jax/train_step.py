@@ -241,23 +241,26 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        inputs = prepare_inputs(
-            batch,
-            modalities,
-            network,
-            key=named_key(key, "inputs"),
-            strength=photometric_strength,
-            num_positions=objective.mgcl["num_positions"],
-        )
+        with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
+            inputs = prepare_inputs(
+                batch,
+                modalities,
+                network,
+                key=named_key(key, "inputs"),
+                strength=photometric_strength,
+                num_positions=objective.mgcl["num_positions"],
+            )
         temperature = schedules.teacher_temperature(state.step)
         # fp32; each layer casts what it multiplies. An average stored in bf16 would stand still.
         teacher = Side(network, state.teacher, drops=False)
-        seen = parts.each(lambda part: teacher_sees(teacher, part, objective), inputs, parts=microbatches)
-        targets = teacher_targets(teacher, seen, objective, temperature=temperature)
+        with jax.named_scope("teacher"):
+            seen = parts.each(lambda part: teacher_sees(teacher, part, objective), inputs, parts=microbatches)
+            targets = teacher_targets(teacher, seen, objective, temperature=temperature)
         student_of = lambda params: Side(network, params, drops=True)  # noqa: E731
-        loss, sums, gradient = student_gradient(
-            student_of, state.student, inputs, targets, objective, microbatches=microbatches
-        )
+        with jax.named_scope("student"):
+            loss, sums, gradient = student_gradient(
+                student_of, state.student, inputs, targets, objective, microbatches=microbatches
+            )
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 

@@ -18,6 +18,7 @@ from skysense_jax import assembly, dry_run, modalities, targets
 from skysense_jax import config as config_lib
 from skysense_jax.chips import GIB
 from skysense_jax.plan import forecast as forecast_lib
+from skysense_jax.plan import parts
 from skysense_jax.plan import sweep as sweep_lib
 
 _FULL = 0.85  # of a chip's memory; what is left is for fragments, the input batches ahead and the collectives' buffers
@@ -78,7 +79,24 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     if more := _more_chips(target) if f.mesh_shape["data"] > 1 else []:
         shares = ", ".join(f"{wider.num_chips} chips {f.scaling(target, wider):.1%}" for wider in more)
         lines.append(f"samples a second and chip with more along data, samples of a chip kept: {shares}")
+    lines += ["", *_table_of_parts(f, chip, work)]
     return "\n".join(lines)
+
+
+def _table_of_parts(f: forecast_lib.Forecast, chip: targets.Chip, work: float) -> list[str]:
+    """Where the seconds of work go: by part, then by pass."""
+    lines = [f"{'where work goes':<24}{'TFLOP':>10}{'GB':>10}{'ms':>10}{'x compute':>11}{'share':>8}"]
+    seconds = lambda w: forecast_lib.work_seconds(w, chip)  # noqa: E731
+    for grouped in (parts.by_part, parts.by_phase):
+        for part in grouped(f.schedule, seconds):
+            compute = part.flops / chip.flops
+            times = f"{part.seconds / compute:.2f}" if part.seconds < 100 * compute else "-"
+            lines.append(
+                f"  {part.name:<22}{part.flops / 1e12:>10.4f}{part.num_bytes / 1e9:>10.2f}{1e3 * part.seconds:>10.2f}"
+                f"{times:>11}{part.seconds / work:>8.1%}"
+            )
+        lines.append("")
+    return lines[:-1]
 
 
 def _more_chips(target: targets.Target) -> list[targets.Target]:

@@ -97,10 +97,9 @@ class Forecast:
         )
 
     def played(self, target: Target) -> tuple[float, float]:
-        """Seconds of work, each instruction the longer of its FLOPs and its bytes at the chip's rates, and seconds
-        that exchanges add to it because the schedule places no work, or not enough, beside them."""
-        chip = target.chip
-        work = lambda w: max(w.flops / chip.flops, w.num_bytes / chip.memory_bandwidth)  # noqa: E731
+        """Seconds of work, instruction by instruction, and seconds that exchanges add to it because the schedule
+        places no work, or not enough, beside them."""
+        work = lambda w: work_seconds(w, target.chip)  # noqa: E731
         return program.play(self.schedule, work, lambda exchange: self.exchange_seconds(exchange, target))
 
     def step_seconds(self, target: Target) -> float:
@@ -143,6 +142,11 @@ class Forecast:
         elif nodes > 1:
             seconds = max(seconds, exchange.bytes_sent / (members * chip.network_bandwidth))
         return latency * (2 if reduces else 1) + seconds
+
+
+def work_seconds(work: program.Work, chip: Chip) -> float:
+    """The longer of an instruction's FLOPs and its bytes at the chip's rates."""
+    return max(work.flops / chip.flops, work.num_bytes / chip.memory_bandwidth)
 
 
 def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:

@@ -65,6 +65,12 @@ class Instruction:
         names = [name for _, name in _CALLED.findall(self.rest)]
         return tuple(names + re.findall(r"%?([\w.\-]+)", branches[1] if branches else ""))
 
+    @property
+    def scope(self) -> str:
+        """The name of the operation that it was made for; empty if it says none."""
+        named = re.search(r'op_name="([^"]*)"', self.rest)
+        return named[1] if named else ""
+
 
 Computation = Mapping[str, Instruction]
 

@@ -30,10 +30,14 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a device does by itself: FLOPs of matrix products and convolutions, bytes read and written in memory."""
+    """What a device does by itself: FLOPs of matrix products and convolutions, bytes read and written in memory.
+
+    ``scope`` is the name of the operation that it was made for, module by module; empty where it says none.
+    """
 
     flops: float
     num_bytes: float
+    scope: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +190,7 @@ def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iter
             begins, ends = _ends(i)
             for exchange, its in inside if begins else ():
                 yield from _exchange(exchange, its, mesh_shape, _channel(exchange))
-            work = Work(_flops(i, computation, program), _moved(i, computation, program))
+            work = Work(_flops(i, computation, program), _moved(i, computation, program), i.scope)
             if work.flops or work.num_bytes:
                 yield work
             for exchange, _ in inside if ends else ():

@@ -148,7 +148,7 @@ def test_traffic_is_that_of_the_blocks_that_the_grid_visits(turned):
     shape = (2, 260, 256)
     query, seen = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[:2], jnp.bool_)
     turn = (jax.ShapeDtypeStruct((260, 16), jnp.float32),) * 2 if turned else None
-    wanted = full_tpu.traffic_bytes(shape, itemsize=2, turned=turned)
+    wanted = full_tpu.traffic_bytes(shape, head_width=32, itemsize=2, turned=turned)
     for name, maps in (("forward", (query,) * 3), ("backward", (query,) * 4)):
 
         def call(*maps, name=name, seen, turn):

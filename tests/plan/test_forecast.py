@@ -11,7 +11,7 @@ from micro import mono_config
 
 from skysense_jax import assembly, sharding, targets, train_state
 from skysense_jax.plan import __main__ as command
-from skysense_jax.plan import forecast, program
+from skysense_jax.plan import forecast, parts, program
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LIBTPU = "0.0.42.1"  # of tests/golden/plan_mono_v5e_4.txt
@@ -57,6 +57,21 @@ def test_report_says_what_does_not_depend_on_rates(planned):
     assert f"{found.flops / 1e12:.4f}" in text
     # mono's heads, which the formula leaves out, are as large as its backbone
     assert found.flops * mesh.size > assembly.batch_flops(config, assembly.assemble(config).modalities)
+
+
+def test_parts_of_the_step_add_up_and_all_have_names(planned):
+    _, target, _, found = planned
+    seconds = lambda work: forecast.work_seconds(work, target.chip)  # noqa: E731
+    for grouped in (parts.by_part, parts.by_phase):
+        of_parts = grouped(found.schedule, seconds)
+        assert sum(part.flops for part in of_parts) == pytest.approx(found.totals.flops)
+        assert sum(part.num_bytes for part in of_parts) == pytest.approx(found.totals.memory_bytes)
+        assert sum(part.seconds for part in of_parts) == pytest.approx(found.played(target)[0])
+    flops = {part.name: part.flops for part in parts.by_part(found.schedule, seconds)}
+    assert {"tokenizers", "stage 1", "stage 2", "stage 3", "stage 4, mixtures", "merging", "fusion"} <= set(flops)
+    assert flops["no name"] < 0.01 * found.totals.flops
+    passes = {part.name: part.flops for part in parts.by_phase(found.schedule, seconds)}
+    assert 1.5 * passes["student, forward"] < passes["student, backward"] < 2.5 * passes["student, forward"]
 
 
 def test_figures_of_a_small_plan_are_as_last_read(planned, matches_golden):
