@@ -53,8 +53,7 @@ def full_attention(
     """
 
     def local(query, key, value, seen, turn):
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value, seen)]
-        return _attend(*flat, turn, head_width, implementation).reshape(query.shape)
+        return _attend(query, key, value, seen, turn, head_width, implementation)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:

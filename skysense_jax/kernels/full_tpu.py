@@ -7,8 +7,9 @@ out once a head, zero outside the head's lanes (``_Pack.spread``), and worked on
 they belong to. So four prompts beside 1024 tokens cost four tokens' work and not a block's; sums over keys run down the
 sublanes; and what is summed over queries needs no turning round.
 
-Short sequences (the tokens of a cell, in the fusion encoder) lie side by side in a *pack* of 128 rows and are masked
-from each other: one product for all of them.
+Short sequences (the tokens of a cell, in the fusion encoder) are worked on eight at a time, a *pack*, and masked from
+each other: one product for all of them. Their maps lie with the sequences, not the tokens, along the sublanes, which is
+how XLA lays out what it multiplies when a sequence does not fill registers; so nothing is copied or filled up.
 
 Mathematics, arguments and gradients: full.py. Source: RoFormer (arXiv 2104.09864) for the rotation; the layout is ours.
 """
@@ -25,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 _SUBLANES = 16  # of a register of 16-bit numbers: a sequence is rounded up to these
 _MASKED = -2.0e38  # added to the score of a key that may not be looked at; finite: all of them may be
+_SHORT = 32  # tokens of a short sequence at most
 _BLOCK_ROWS = 1024  # of a block, unless one sequence has more
 _SCORES = 2 * 2**20  # bytes of one array of scores at most
 _MEMORY = 48 * 2**20  # on-chip bytes of a kernel at most; a v5p's core has 64 MiB
@@ -36,9 +38,10 @@ def _round_up(n: int, step: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How sequences of ``num_tokens`` lie in on-chip memory."""
+    """How B x I sequences of N tokens lie in memory: [B I N D], or [B N I D] if they are short."""
 
-    num_sequences: int
+    batch: int
+    images: int
     num_tokens: int
     lanes: int
     head_width: int
@@ -48,73 +51,80 @@ class _Layout:
         return self.lanes // self.head_width
 
     @property
-    def rows(self) -> int:
-        """Of a sequence: its tokens, and what fills up registers, or for a short one its share of 128."""
-        if self.num_tokens > LANES // 2:
-            return _round_up(self.num_tokens, _SUBLANES)
-        return max(2 ** math.ceil(math.log2(self.num_tokens)), _SUBLANES)
+    def short(self) -> bool:
+        return self.num_tokens <= _SHORT
 
     @property
     def side_by_side(self) -> int:
         """Sequences of a pack."""
-        return max(LANES // self.rows, 1)
+        return 8 if self.short else 1
 
     @property
-    def pack_rows(self) -> int:
-        return self.rows * self.side_by_side
+    def rows(self) -> int:
+        """Of a pack."""
+        return 8 * self.num_tokens if self.short else _round_up(self.num_tokens, _SUBLANES)
+
+    @property
+    def blocks(self) -> int:
+        """Of one element of the batch; the last one may overhang."""
+        return -(-self._needed // min(max(_BLOCK_ROWS // self.rows, 1), self._needed))
 
     @property
     def packs(self) -> int:
         """Of a block."""
-        needed = -(-self.num_sequences // self.side_by_side)
-        return min(max(_BLOCK_ROWS // self.pack_rows, 1), needed)
+        return -(-self._needed // self.blocks)
 
     @property
-    def sequences(self) -> int:
-        """Of a block."""
-        return self.packs * self.side_by_side
+    def _needed(self) -> int:
+        return -(-self.images // self.side_by_side)
 
     @property
-    def blocks(self) -> int:
-        return -(-self.num_sequences // self.sequences)
+    def block(self) -> pl.BlockSpec:
+        if self.short:
+            shape = (1, self.num_tokens, self.packs * self.side_by_side, self.lanes)
+            return pl.BlockSpec(shape, lambda batch, block, group: (batch, 0, block, group))
+        return pl.BlockSpec(
+            (1, self.packs, self.rows, self.lanes), lambda batch, block, group: (batch, block, 0, group)
+        )
 
     @property
     def columns(self) -> tuple[int, int]:
         """(columns worked on together, how often): their scores fit, and as few as can be are left empty."""
-        tiles = -(-self.heads * self.pack_rows // LANES)
-        fitting = [n for n in (4, 3, 2) if 4 * n * LANES * self.pack_rows <= _SCORES] + [1]
+        tiles = -(-self.heads * self.rows // LANES)
+        fitting = [n for n in (4, 3, 2) if 4 * n * LANES * self.rows <= _SCORES] + [1]
         together = min(fitting, key=lambda n: -(-tiles // n) * n)
         return together * LANES, -(-tiles // together)
 
     def memory_bytes(self, itemsize: int) -> int:
         """Of the backward kernel: blocks twice, what is laid out, sums, and four arrays of scores."""
-        (columns, times), rows = self.columns, self.pack_rows
-        blocks = 2 * LANES * (7 * itemsize * self.packs * rows + 2 * 4 * rows)
-        return blocks + LANES * columns * times * (2 * itemsize + 4) + rows * LANES * 24 + 4 * 4 * rows * columns
+        columns, times = self.columns
+        blocks = 2 * LANES * (7 * itemsize * self.packs * self.rows + 2 * 4 * self.rows)
+        return blocks + LANES * columns * times * (2 * itemsize + 4) + self.rows * LANES * 24 + 16 * self.rows * columns
 
 
 def problem(*, num_tokens: int, width: int, head_width: int, itemsize: int) -> str:
     """Why this kernel cannot take sequences, width and heads such as these; empty if it can."""
     if LANES % head_width or width % min(LANES, width) or width % head_width:
         return f"heads of {head_width} in a width of {width}; wanted heads that divide {LANES}, and a width they fill"
-    wanted = _Layout(1, num_tokens, LANES, head_width).memory_bytes(itemsize)
+    wanted = _Layout(1, 1, num_tokens, LANES, head_width).memory_bytes(itemsize)
     if wanted > _MEMORY:
         return f"{num_tokens} tokens, which take {wanted >> 20} MiB on the chip; wanted {_MEMORY >> 20} or less"
     return ""
 
 
-def traffic_bytes(shape: tuple[int, int, int], *, head_width: int, itemsize: int, turned: bool) -> dict[str, int]:
+def traffic_bytes(shape: tuple[int, int, int, int], *, head_width: int, itemsize: int, turned: bool) -> dict[str, int]:
     """Bytes that the kernels move between main and on-chip memory: {"forward", "backward"}, by blocks and grid.
 
     ``shape`` is that of the query. Angles stay; of a block that overhangs its array the inner part alone is moved.
     """
-    sequences, num_tokens, width = shape
-    layout = _Layout(sequences, num_tokens, min(LANES, width), head_width)
-    of_map = sequences * _round_up(num_tokens, 8) * _round_up(width, LANES) * itemsize
-    registers = -(-layout.pack_rows // LANES)
-    seen = layout.blocks * layout.packs * (_round_up(registers, 8) if registers > 1 else 1) * LANES * 4
-    angles = 2 * turned * layout.pack_rows * LANES * 4
-    return dict(forward=4 * of_map + seen + angles, backward=7 * of_map + seen + angles)
+    batch, images, num_tokens, width = shape
+    layout = _Layout(batch, images, num_tokens, min(LANES, width), head_width)
+    beside, along = (num_tokens, images) if layout.short else (images, num_tokens)
+    of_map = batch * beside * _round_up(along, 8) * _round_up(width, LANES) * itemsize
+    registers = -(-layout.rows // LANES)
+    of_pack = (_round_up(registers, 8) if registers > 1 else 1) * LANES * 4
+    small = batch * layout.blocks * layout.packs * of_pack + 2 * turned * layout.rows * LANES * 4
+    return dict(forward=4 * of_map + small, backward=7 * of_map + small)
 
 
 # ---- inside a kernel
@@ -126,10 +136,9 @@ class _Pack:
     def __init__(self, block, at, layout: _Layout, angles, *, dtype, interpret: bool):
         self.at, self.layout, self.dtype, self._interpret = at, layout, dtype, interpret
         self._angles = angles  # refs to cosine and signed sine, (rows, lanes), or none
-        shape = (layout.pack_rows, layout.lanes)
-        row, self._lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        sequence = (block * layout.packs + at) * layout.side_by_side + row // layout.rows
-        self._is_token = (row % layout.rows < layout.num_tokens) & (sequence < layout.num_sequences)
+        row, self._lane = (jax.lax.broadcasted_iota(jnp.int32, (layout.rows, layout.lanes), axis) for axis in (0, 1))
+        first = (block * layout.packs + at) * layout.side_by_side
+        self._is_token = first + row % 8 < layout.images if layout.short else row < layout.num_tokens
 
     def dot(self, a, b, *, transpose_b: bool = False):
         """``a b`` in fp32, its operands in the dtype of the maps."""
@@ -141,7 +150,9 @@ class _Pack:
         return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
     def _place(self):
-        return pl.ds(self.at * self.layout.side_by_side, self.layout.side_by_side)
+        if self.layout.short:
+            return 0, slice(None), pl.ds(self.at * 8, 8)
+        return 0, self.at
 
     def load(self, ref):
         """The pack's tokens, (rows, lanes), fp32; zeros where there is none."""
@@ -149,7 +160,7 @@ class _Pack:
         return jnp.where(self._is_token, x, 0.0)
 
     def store(self, ref, x) -> None:
-        ref[self._place()] = x.reshape(-1, *ref.shape[1:]).astype(ref.dtype)
+        ref[self._place()] = (x.reshape(-1, 8, x.shape[-1]) if self.layout.short else x).astype(ref.dtype)
 
     def turn(self, x, *, back: bool = False):
         """``x`` with each head's pairs turned by their token's angle, or back by it."""
@@ -165,13 +176,13 @@ class _Pack:
         return jnp.where(self._lane // self.layout.head_width == head, x, 0.0)
 
     def _rows_of(self, head: int) -> slice:
-        return slice(head * self.layout.pack_rows, (head + 1) * self.layout.pack_rows)
+        return slice(head * self.layout.rows, (head + 1) * self.layout.rows)
 
     def spread(self, x, ref) -> None:
         """Into ``ref`` the tokens once a head, zero outside the head's lanes, and zeros behind."""
         for head in range(self.layout.heads):
             ref[self._rows_of(head)] = self._of_head(x, head).astype(ref.dtype)
-        behind = self.layout.heads * self.layout.pack_rows
+        behind = self.layout.heads * self.layout.rows
         if ref.shape[0] > behind:
             ref[behind:] = jnp.zeros_like(ref[behind:])
 
@@ -181,15 +192,14 @@ class _Pack:
 
     def hidden(self, seen_ref):
         """What to add to scores, (rows, columns): keys that are not seen, no tokens, or of another sequence."""
-        rows, (columns, _) = self.layout.pack_rows, self.layout.columns
+        rows, (columns, _) = self.layout.rows, self.layout.columns
         seen = [jnp.broadcast_to(seen_ref[self.at, i : i + 1], (LANES, LANES)).T for i in range(seen_ref.shape[1])]
         seen = jnp.concatenate([jnp.concatenate(seen)[:rows]] * (columns // LANES), axis=1)
         hidden = jnp.where(seen > 0, 0.0, jnp.where(seen < 0, -jnp.inf, _MASKED))
-        if self.layout.side_by_side == 1:
+        if not self.layout.short:
             return hidden
         key, query = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
-        same = key // self.layout.rows == query % rows // self.layout.rows
-        return jnp.where(same, hidden, -jnp.inf)
+        return jnp.where(key % 8 == query % 8, hidden, -jnp.inf)
 
     def each(self, work) -> None:
         """``work`` on each of the pack's column ranges."""
@@ -220,7 +230,7 @@ def _each_pack(kernel):
     def of_block(*refs, layout, num_angles, num_maps, interpret):
         maps, angles, rest = refs[:num_maps], refs[num_maps + 1 :][:num_angles], refs[num_maps + 1 + num_angles :]
 
-        block = pl.program_id(0)
+        block = pl.program_id(1)
 
         def step(at, carry):
             pack = _Pack(block, at, layout, angles, dtype=maps[0].dtype, interpret=interpret)
@@ -294,23 +304,26 @@ def _backward_kernel(
 
 
 def _call(kernel, maps, seen, turn, outputs, *, head_width, scratch, name, products, traffic, interpret):
-    sequences, num_tokens, width = maps[0].shape
-    layout = _Layout(sequences, num_tokens, min(LANES, width), head_width)
-    of_group = pl.BlockSpec((layout.sequences, layout.rows, layout.lanes), lambda block, group: (block, 0, group))
+    batch, images, num_tokens, width = maps[0].shape
+    layout = _Layout(batch, images, num_tokens, min(LANES, width), head_width)
+    if layout.short:
+        maps, seen = [x.swapaxes(1, 2) for x in maps], seen.swapaxes(1, 2)
     seen = _rows_of_lanes(seen, layout)
-    of_block = pl.BlockSpec((layout.packs, *seen.shape[1:]), lambda block, group: (block, 0, 0))
-    whole = pl.BlockSpec((layout.pack_rows, layout.lanes), lambda block, group: (0, 0))
+    of_block = pl.BlockSpec(
+        (layout.packs, *seen.shape[1:]), lambda batch, block, group: (batch * layout.blocks + block, 0, 0)
+    )
+    whole = pl.BlockSpec((layout.rows, layout.lanes), lambda batch, block, group: (0, 0))
     angles = () if turn is None else _angles(*turn, layout)
     static = dict(layout=layout, num_angles=len(angles), num_maps=len(maps), interpret=interpret)
     columns, times = layout.columns
-    scores = sequences * num_tokens**2
-    return pl.pallas_call(
+    scores = batch * images * num_tokens**2
+    found = pl.pallas_call(
         functools.partial(kernel, **static),
-        grid=(layout.blocks, width // layout.lanes),
-        in_specs=[of_group] * len(maps) + [of_block] + [whole] * len(angles),
-        out_specs=[of_group] * outputs,
+        grid=(batch, layout.blocks, width // layout.lanes),
+        in_specs=[layout.block] * len(maps) + [of_block] + [whole] * len(angles),
+        out_specs=[layout.block] * outputs,
         out_shape=[jax.ShapeDtypeStruct(maps[0].shape, maps[0].dtype)] * outputs,
-        scratch_shapes=scratch(columns * times, layout.pack_rows, layout.lanes),
+        scratch_shapes=scratch(columns * times, layout.rows, layout.lanes),
         name=name,
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
@@ -319,17 +332,23 @@ def _call(kernel, maps, seen, turn, outputs, *, head_width, scratch, name, produ
             bytes_accessed=traffic,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_MEMORY + 8 * 2**20
+            dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=_MEMORY + 8 * 2**20
         ),
     )(*maps, seen, *angles)
+    return [x.swapaxes(1, 2) for x in found] if layout.short else found
 
 
 def _rows_of_lanes(seen, layout):
     """(packs, ., 128), fp32: 1 for a token that is seen, 0 for one that is not, -1 for none."""
-    beside = ((0, layout.blocks * layout.sequences - len(seen)), (0, 0))  # sequences that are not there have tokens
-    seen = jnp.pad(seen.astype(jnp.float32), beside)
-    seen = jnp.pad(seen, ((0, 0), (0, layout.rows - seen.shape[1])), constant_values=-1).reshape(-1, layout.pack_rows)
-    return jnp.pad(seen, ((0, 0), (0, -layout.pack_rows % LANES)), constant_values=-1).reshape(len(seen), -1, LANES)
+    images = layout.blocks * layout.packs * layout.side_by_side  # those that are not there have tokens, unseen
+    axis, seen = (2 if layout.short else 1), seen.astype(jnp.float32)
+    seen = jnp.pad(seen, [(0, images - seen.shape[axis] if i == axis else 0) for i in range(3)])
+    if layout.short:
+        seen = seen.reshape(layout.batch, layout.num_tokens, -1, 8).swapaxes(1, 2)
+    else:
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, layout.rows - layout.num_tokens)), constant_values=-1)
+    seen = seen.reshape(-1, layout.rows)
+    return jnp.pad(seen, ((0, 0), (0, -layout.rows % LANES)), constant_values=-1).reshape(len(seen), -1, LANES)
 
 
 def _angles(cos, sin, layout):
@@ -337,7 +356,9 @@ def _angles(cos, sin, layout):
 
     def lanes(first, second):
         angles = jnp.tile(jnp.concatenate((first, second), axis=1), (1, layout.heads))
-        return jnp.tile(jnp.pad(angles, ((0, layout.rows - len(angles)), (0, 0))), (layout.side_by_side, 1))
+        if layout.short:
+            return jnp.repeat(angles, 8, axis=0)
+        return jnp.pad(angles, ((0, layout.rows - len(angles)), (0, 0)))
 
     return lanes(cos, cos), lanes(-sin, sin)
 
@@ -348,7 +369,7 @@ def _traffic(query, turn, head_width):
 
 
 def forward(query, key, value, seen, turn, *, head_width: int, interpret: bool = False):
-    """What each token gathers; arguments as in ``full.full_attention``, images first."""
+    """What each token gathers; arguments as in ``full.full_attention``."""
     traffic = _traffic(query, turn, head_width)["forward"]
     scratch = lambda columns, rows, lanes: [  # noqa: E731
         pltpu.VMEM((columns, lanes), query.dtype),
