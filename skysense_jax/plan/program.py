@@ -308,20 +308,34 @@ def _moved(instruction: hlo.Instruction, computation: hlo.Computation, program: 
     # buffers of an exchange that runs beside it are only handed on
     handed_on = {"parameter", "custom-call", *_SENT} if any(i.op in _SENT for i in inside.values()) else set()
     moved = _written(next(i for i in inside.values() if i.root), inside, handed_on)
-    for parameter in (i for i in inside.values() if i.op == "parameter" and i.main_bytes):
-        users = [i for i in inside.values() if parameter.name in i.operands]
-        if handed_on:
-            users = [i for i in users if i.op not in handed_on and i.op != "tuple"]
-            if not users:
-                continue
-        first = all(user.operands[0] == parameter.name for user in users)
-        if users and first and all(user.op in _SLICES for user in users):
-            moved += sum(user.num_bytes for user in users)
-        elif users and first and all(user.op == "dynamic-update-slice" for user in users):
-            moved += sum(_num_bytes(inside, user.operands[1]) for user in users)
+    parameters = [i for i in inside.values() if i.op == "parameter" and i.main_bytes]
+    return moved + sum(_read(parameter, inside, program, handed_on) for parameter in parameters)
+
+
+def _read(array: hlo.Instruction, inside: hlo.Computation, program: hlo.Text, handed_on: set[str]) -> float:
+    """Bytes that a fusion reads of an array of it: all, or what its slices take, in fusions inside it too."""
+    users = [i for i in inside.values() if array.name in i.operands]
+    if handed_on:
+        users = [i for i in users if i.op not in handed_on and i.op != "tuple"]
+        if not users:
+            return 0.0
+    if not users:
+        return array.main_bytes
+    total = 0.0
+    for user in users:
+        first = user.operands[0] == array.name
+        if user.op in _SLICES and first:
+            total += user.num_bytes
+        elif user.op == "dynamic-update-slice" and first:
+            total += _num_bytes(inside, user.operands[1])
+        elif user.op == "fusion":
+            own = program.computations[user.called[0]]
+            of_places = {int(i.inside): i for i in own.values() if i.op == "parameter"}
+            places = [place for place, name in enumerate(user.operands) if name == array.name]
+            total += sum(_read(of_places[place], own, program, set()) for place in places)
         else:
-            moved += parameter.main_bytes
-    return moved
+            return array.main_bytes
+    return min(total, array.main_bytes)
 
 
 def _written(root: hlo.Instruction, inside: hlo.Computation, handed_on: set[str]) -> float:

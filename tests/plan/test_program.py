@@ -272,3 +272,36 @@ ENTRY %main (p.1: s32[], x.1: f32[8,8]) -> f32[8,8] {
 }
 """
     assert program.totals(program.read(text, {"data": 1})).flops == 2 * 8**3
+
+
+_NESTED = """HloModule nested, num_partitions=1
+
+%inner (p.0: f32[24,8,128], p.1: s32[]) -> f32[8,128] {
+  %p.0 = f32[24,8,128]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,128]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %reshape = f32[8,128]{1,0} bitcast(%slice)
+}
+
+%outer (q.0: f32[24,8,128], q.1: s32[], q.2: f32[8,128]) -> f32[8,128] {
+  %q.0 = f32[24,8,128]{2,1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  %q.2 = f32[8,128]{1,0} parameter(2)
+  %sliced = f32[8,128]{1,0} fusion(%q.0, %q.1), kind=kLoop, calls=%inner
+  ROOT %add = f32[8,128]{1,0} add(%sliced, %q.2)
+}
+
+ENTRY %main (a: f32[24,8,128], i: s32[], b: f32[8,128]) -> f32[8,128] {
+  %a = f32[24,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[8,128]{1,0} parameter(2)
+  ROOT %fusion = f32[8,128]{1,0} fusion(%a, %i, %b), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_slice_in_a_fusion_inside_a_fusion_is_read_as_a_slice():
+    """As a TPU's compiler writes what reads one layer of what a scan has kept: a slice, an addend, a result."""
+    of_index = 4
+    assert program.totals(program.read(_NESTED, {"data": 1})).memory_bytes == 3 * 8 * 128 * 4 + of_index
