@@ -6,6 +6,8 @@ python -m benchmarks.ledger --config=configs/huge.py:v5p:64 --target=v5p:64 --pl
 The first compares kernels with XLA on ``--images`` aerial views, forward and backward. With ``--plan`` the blocks are
 those of the config's step, on one device's samples, each as often as the step runs it, beside the plan's other parts.
 
+Backward from ones in the first, so from a sum of the output, from an array in the second.
+
 A row a block: FLOPs over those of its matrix products by formula; GiB that it moves and milliseconds that it takes as
 XLA counts and guesses them (a kernel of ours by its blocks and grid, ``traffic_bytes``); the milliseconds of its matrix
 products at the chip's rated FLOPs; temporary memory. XLA says nothing of moves and time for a GPU. None of it is a
@@ -145,8 +147,8 @@ def of_step(config, *, samples: int, platform: str) -> Iterator[Block]:
         yield cells(config.model.fusion, (samples, num_cells), num_tokens, outside, student=depth, teacher=depth)
 
 
-def compile_block(block: Block, *, backward: bool, device, platform: str):
-    """The block, forward and, if asked, backward."""
+def compile_block(block: Block, *, backward: str, device, platform: str):
+    """The block: forward alone (``backward`` empty), and backward from "ones" or from what is "given"."""
     mesh = Mesh(np.asarray([device]).reshape(1, 1, 1, 1), sharding.MESH_AXES)
     placed = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct(block.tokens, jnp.bfloat16, sharding=placed)
@@ -156,8 +158,9 @@ def compile_block(block: Block, *, backward: bool, device, platform: str):
         out = block.module.apply(params, x, valid=valid, **block.more)
         return out[0] if isinstance(out, tuple) else out
 
-    def loss(params, x, valid, upstream):
-        return (forward(params, x, valid) * upstream).astype(jnp.float32).sum()
+    def loss(params, x, valid, upstream=None):
+        out = forward(params, x, valid)
+        return (out if upstream is None else out * upstream).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(
@@ -171,10 +174,9 @@ def compile_block(block: Block, *, backward: bool, device, platform: str):
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), sharding.unbox(boxed)
         )
-        if backward:
-            lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, tokens, valid, tokens)
-        else:
-            lowered = jax.jit(forward).lower(params, tokens, valid)
+        function = {"": forward, "ones": jax.grad(loss, argnums=(0, 1))}
+        function["given"] = jax.value_and_grad(loss, argnums=(0, 1))
+        lowered = jax.jit(function[backward]).lower(params, tokens, valid, *[tokens] * (backward == "given"))
         options = compiler.options(platform) | (forecast.GPU_OPTIONS if platform == "gpu" else {})
         return lowered.compile(compiler_options=options)
 
@@ -189,7 +191,7 @@ class Cost:
     temporary_mib: float
 
 
-def cost(block: Block, *, backward: bool, device, platform: str) -> Cost:
+def cost(block: Block, *, backward: str, device, platform: str) -> Cost:
     """Of the block, compiled."""
     compiled = compile_block(block, backward=backward, device=device, platform=platform)
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -204,7 +206,7 @@ HEADER = f"{'block, forward and backward':<46}{'FLOPs x':>8}{'GiB':>9}{'guess ms
 
 def row(block: Block, *, device, chip) -> str:
     """One line of the comparison."""
-    found = cost(block, backward=True, device=device, platform=chip.platform)
+    found = cost(block, backward="ones", device=device, platform=chip.platform)
     told = f"{'-':>8}{'-':>9}{'-':>10}"
     if found.flops is not None:
         told = f"{found.flops / (3 * block.ideal):8.2f}{found.gib:9.2f}{found.guess_ms:10.2f}"
@@ -224,7 +226,7 @@ def say_step(config, target, plan: str, *, device) -> Iterator[str]:
         return f"{name:<46}{counts}{gib:9.1f}{guess:10.1f}{ideal:10.1f}{guess / ideal if ideal else math.inf:6.2f}"
 
     for block in of_step(config, samples=samples, platform=chip.platform):
-        forward, both = (cost(block, backward=b, device=device, platform=chip.platform) for b in (False, True))
+        forward, both = (cost(block, backward=b, device=device, platform=chip.platform) for b in ("", "given"))
         ideal = 1e3 * block.ideal / chip.flops
         once = np.asarray([forward.gib, forward.guess_ms, ideal])
         trained = np.asarray([both.gib, both.guess_ms, 3 * ideal])
