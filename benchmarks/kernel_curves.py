@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernel_curves --config=configs/tiny.py --steps=200 --every=20
 
-On a CPU the TPU's kernels are interpreted (as tests do), on a TPU or GPU they are those of attention "auto" there.
+On a CPU the TPU's kernels are interpreted (as tests do), on a TPU they are run, on a GPU cuDNN's and Triton's.
 """
 
 import argparse

@@ -34,6 +34,7 @@ from skysense_jax.models.attention import rotation, token_offsets
 from skysense_jax.models.backbone import group_modalities
 from skysense_jax.models.swin import SwinBlock
 from skysense_jax.models.vit import GlobalBlock
+from skysense_jax.plan import __main__ as plan_command
 from skysense_jax.plan import forecast
 
 _FUSED = {"tpu": "mosaic", "gpu": "triton"}
@@ -121,7 +122,8 @@ def of_step(config, *, samples: int, platform: str) -> Iterator[Block]:
     efficiency, model = assembly.efficiency(config, platform), config.model.backbone
     inside, outside = efficiency["window_attention"], efficiency["attention"]
     batch = assembly.batch_shapes(config, rows)
-    for views in (batch.global_views, batch.local_views):
+    of_teacher = (1, int(config.objective.weights.qsacl > 0))  # local views are asked for their queries alone
+    for views, seen in zip((batch.global_views, batch.local_views), of_teacher, strict=True):
         shapes = {name: x.shape for name, x in views.token_valid.items()}  # B V T P Q
         for group in group_modalities(rows, {name: shape[3:] for name, shape in shapes.items()}):
             images = (samples, sum(shapes[m.name][1] * shapes[m.name][2] for m in group))
@@ -134,17 +136,17 @@ def of_step(config, *, samples: int, platform: str) -> Iterator[Block]:
                     moves = min(grid) > model.window
                     for shifted, count in ((False, depth - depth // 2 * moves), (True, depth // 2 * moves)):
                         if count:
-                            counts = dict(shifted=shifted, student=count, teacher=count)
+                            counts = dict(shifted=shifted, student=count, teacher=seen * count)
                             yield swin(model, stage, images, grid, inside, **counts)
                     continue
                 dense = min(max(experts_from - sum(model.depths[: stage - 1]), 0), depth)
                 for num_experts, count in ((0, dense), (model.num_experts, depth - dense)):
                     if count:
-                        counts = dict(num_experts=num_experts, student=count, teacher=count)
+                        counts = dict(num_experts=num_experts, student=count, teacher=seen * count)
                         yield whole(model, stage, images, grid, outside, **counts)
         num_cells = next(iter(shapes.values()))[1] * math.prod(grid)
         num_tokens, depth = 1 + sum(shape[2] for shape in shapes.values()), config.model.fusion.depth
-        yield cells(config.model.fusion, (samples, num_cells), num_tokens, outside, student=depth, teacher=depth)
+        yield cells(config.model.fusion, (samples, num_cells), num_tokens, outside, student=depth, teacher=seen * depth)
 
 
 def compile_block(block: Block, *, backward: str, device, platform: str):
@@ -216,7 +218,7 @@ def row(block: Block, *, device, chip) -> str:
 def say_step(config, target, plan: str, *, device) -> Iterator[str]:
     """The lines of a step's ledger; ``plan`` is the text of its plan."""
     chip, samples = target.chip, config.data.batch_size // target.num_chips
-    again = config.efficiency.remat != "none"
+    again = config.efficiency.remat == "blocks"
     yield f"{samples} samples a chip; student forward{', again' * again} and backward, teacher forward; x: over ideal"
     yield f"{'block':<46}{'student':>8}{'teacher':>8}{'GiB':>9}{'guess ms':>10}{'ideal ms':>10}{'x':>6}"
     sums = {"backbone": np.zeros(3), "fusion": np.zeros(3), "backbone, nothing done again": np.zeros(3)}
@@ -239,10 +241,9 @@ def say_step(config, target, plan: str, *, device) -> Iterator[str]:
         yield line(block.name, f"{block.student:>8}{block.teacher:>8}", values)
     others = np.zeros(3)
     for name, flops, gigabytes, ms in re.findall(rf"^  ({_OTHERS}) +([\d.]+) +([\d.]+) +([\d.]+)", plan, re.MULTILINE):
-        others += [float(gigabytes) * 1e9 / 2**30, float(ms), 1e15 * float(flops) / chip.flops]
-        yield line(
-            f"{name} (plan)", " " * 16, [float(gigabytes) * 1e9 / 2**30, float(ms), 1e15 * float(flops) / chip.flops]
-        )
+        values = np.asarray([float(gigabytes) * 1e9 / 2**30, float(ms), 1e15 * float(flops) / chip.flops])
+        others += values
+        yield line(f"{name} (plan)", " " * 16, values)
     for name, values in sums.items():
         yield line(name, " " * 16, values)
     yield line("step", " " * 16, sums["backbone"] + sums["fusion"] + others)
@@ -261,6 +262,10 @@ def main() -> None:
     device = forecast.make_mesh(target, dict(data=target.num_chips, fsdp=1, tensor=1, expert=1)).devices.flat[0]
     print("$ python -m benchmarks.ledger", *sys.argv[1:])
     if given.plan:
+        if chip.platform != "tpu" or config.efficiency.remat == "matmuls":
+            parser.error("--plan: wanted a TPU, whose compiler says what a block costs, and remat 'none' or 'blocks'")
+        if f"config {config_lib.fingerprint(config, plan_command._PLANNED)}" not in given.plan.read_text():
+            parser.error(f"--plan={given.plan}: got a plan of another config; wanted one of {given.config}")
         print(f"{config.name} on {target}; jax {jax.__version__}")
         for text in say_step(config, target, given.plan.read_text(), device=device):
             print(text, flush=True)

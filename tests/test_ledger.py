@@ -15,10 +15,12 @@ KEPT = ROOT / "docs" / "ledger" / "huge_v5p.txt"
 LIBTPU = "0.0.42.1"  # of the kept rows
 
 
+@pytest.mark.parametrize("qsacl", [1.0, 0.0])  # off: the teacher sees no local view
 @pytest.mark.parametrize(("name", "share"), [("tiny", 0.8), ("base", 0.9), ("huge", 0.95), ("huge_moe", 0.95)])
-def test_blocks_of_a_step_do_the_work_that_the_formula_counts(name, share):
+def test_blocks_of_a_step_do_the_work_that_the_formula_counts(name, share, qsacl):
     """All but heads, merging, tokenizers and queries."""
     config = config_lib.load(f"{ROOT}/configs/{name}.py")
+    config.objective.weights.qsacl = qsacl
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     blocks = ledger.of_step(config, samples=config.data.batch_size, platform="tpu")
     counted = sum((3 * block.student + block.teacher) * block.ideal for block in blocks)

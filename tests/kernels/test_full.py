@@ -11,6 +11,7 @@ from skysense_jax.models.attention import rotation
 from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.sharding import make_mesh
 from tests.kernels.grid import moved
+from tests.kernels.nearness import assert_as_near, assert_near
 
 
 def _both(
@@ -45,13 +46,6 @@ def _both(
     return results
 
 
-def _assert_near(found, wanted, share=1e-5):
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        largest = float(jnp.abs(array).max())
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=share * largest + 1e-7, err_msg=str(name))
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -68,7 +62,7 @@ def _assert_near(found, wanted, share=1e-5):
 )
 def test_block_with_the_kernel_equals_the_plain_one_in_values_and_gradients(sizes):
     plain, fused = _both(**sizes)
-    _assert_near(fused, plain)
+    assert_near(fused, plain)
 
 
 def test_kernel_equals_pytorch():
@@ -91,12 +85,7 @@ def test_bfloat16_kernel_is_as_near_to_fp32_as_the_plain_one():
     sizes = dict(num_tokens=260, heads=4, batch=1)
     exact, _ = _both(**sizes)
     plain, fused = _both(**sizes, dtype=jnp.bfloat16)
-    for name, wanted in exact.items():
-        wanted = np.asarray(wanted, np.float32)
-        errors = [np.abs(np.asarray(found[name], np.float32) - wanted) for found in (plain, fused)]
-        for share in (50, 90):
-            allowed, got = (np.percentile(error, share) for error in errors)
-            assert got <= 1.5 * allowed + 0.01 * np.abs(wanted).max(), (name, share)
+    assert_as_near(fused, plain, exact)
 
 
 def test_image_without_a_token_that_is_seen_is_finite_with_finite_gradients():
@@ -115,7 +104,7 @@ def test_image_without_a_token_that_is_seen_is_finite_with_finite_gradients():
 def test_kernel_on_a_mesh_equals_one_device(axes):
     """The second divides heads too."""
     plain, spread = _both(num_tokens=20, heads=4, batch=8, mesh=make_mesh(*axes))
-    _assert_near(spread, plain)
+    assert_near(spread, plain)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from skysense_jax.kernels import window, window_tpu
 from skysense_jax.models.swin import SwinBlock
 from skysense_jax.sharding import make_mesh
 from tests.kernels.grid import moved
+from tests.kernels.nearness import assert_as_near, assert_near
 
 
 def _block(implementation, *, heads=3, head_width=32, dtype=jnp.float32, shifted=True, window_side=8):
@@ -66,22 +67,14 @@ KERNELS = pytest.mark.parametrize("kernel", ["mosaic", "triton"])
 )
 def test_block_with_the_kernel_equals_the_plain_one_in_values_and_gradients(kernel, rows, columns, sizes):
     plain, fused = _both(kernel, rows=rows, columns=columns, **sizes)
-    assert plain.keys() == fused.keys()
-    for name, wanted in plain.items():
-        largest = float(jnp.abs(wanted).max())
-        np.testing.assert_allclose(fused[name], wanted, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=str(name))
+    assert_near(fused, plain)
 
 
 @KERNELS
 def test_bfloat16_kernel_is_as_near_to_fp32_as_the_plain_one(kernel):
     exact, _ = _both(kernel, rows=16, columns=24, images=3)
     plain, fused = _both(kernel, rows=16, columns=24, images=3, dtype=jnp.bfloat16)
-    for name, wanted in exact.items():
-        wanted = np.asarray(wanted, np.float32)
-        errors = [np.abs(np.asarray(found[name], np.float32) - wanted) for found in (plain, fused)]
-        for share in (50, 90):
-            allowed, got = (np.percentile(error, share) for error in errors)
-            assert got <= 1.5 * allowed + 0.01 * np.abs(wanted).max(), (name, share)
+    assert_as_near(fused, plain, exact)
 
 
 @KERNELS
@@ -94,9 +87,7 @@ def test_kernel_on_a_mesh_equals_one_device(kernel):
     mesh = make_mesh(2, 2, 1, 2)
     with jax.set_mesh(mesh):
         spread = _run(fused, params, x, valid, upstream)
-    for name, wanted in alone.items():
-        largest = float(jnp.abs(wanted).max())
-        np.testing.assert_allclose(spread[name], wanted, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=str(name))
+    assert_near(spread, alone)
 
 
 @KERNELS
