@@ -229,11 +229,12 @@ class Report:
         for name, prepared in ready.items():
             loop = guarded(name, lambda name=name, prepared=prepared: run_all(name, prepared))
             one = 0.0
-            for counts[name] in (1, 5):  # what is queued takes less than what is waited for
+            for starts in (1, 5):  # what is queued takes less than what is waited for
+                counts[name] = starts
                 if one < self.seconds:
                     start = time.perf_counter()
                     loop()
-                    one = (time.perf_counter() - start) / counts[name]
+                    one = (time.perf_counter() - start) / starts
             counts[name] = max(1, math.ceil(self.seconds / one))
             loops.append(loop)
         medians = median_seconds(loops, self.repeats) if loops else []

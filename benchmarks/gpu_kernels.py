@@ -1,8 +1,8 @@
 """The kernels of gpu.py: a matrix product, attention in windows, attention over all tokens, each against others.
 
-Attention starts at projected tokens whose heads are merged and ends at such tokens, bf16: dividing into windows,
-normalising and the rotary embedding are timed, as each network does them. Nothing is masked but what a shift separates;
-the mask of valid tokens is there wherever the network passes one. Next: contest.py, gpu_torch.py.
+Attention starts at projected tokens whose heads are merged and ends at such tokens, bf16: shifting and dividing into
+windows, normalising and the rotary embedding are timed, as each network does them. Nothing is masked but what a shift
+separates; the mask of valid tokens is there wherever the network passes one. Next: contest.py, gpu_torch.py.
 """
 
 import functools
@@ -62,7 +62,8 @@ def window_attention(report: Report, setting: Setting, backbone: Mapping[str, An
         how = dict(shifted=shifted, head_width=head_width)
         plain = functools.partial(plain_window, window=window, **how)
         name = "triton interpreted" if setting.tiny and setting.platform == "cpu" else "triton"
-        told = window_kernel.problem("triton", window=window, width=width, head_width=head_width, tensor_devices=1)
+        sizes = dict(window=window, width=width, head_width=head_width, columns=side, itemsize=2, shifted=shifted)
+        told = window_kernel.problem("triton", **sizes, tensor_devices=1)
         if name == "triton" and setting.platform == "cpu":
             told = told or "no GPU; --tiny runs it interpreted"
         flex = setting.no_torch or setting.torch.no_flex()
@@ -90,11 +91,14 @@ def plain_window(inputs: Mapping[str, Any], fixed: Mapping[str, Any], *, shifted
     """What ``swin.WindowAttention`` does between its projections without a kernel."""
     _, images, rows, columns, _ = inputs["query"].shape
     split = "B I (P h) (Q w) ... -> B (I P Q) (h w) ..."
-    maps = (inputs["query"], inputs["key"], inputs["value"], fixed["seen"])
+    maps = [inputs["query"], inputs["key"], inputs["value"], fixed["seen"]]
+    shift = window // 2 if shifted else 0
+    if shifted:
+        maps = [jnp.roll(x, (-shift, -shift), axis=(2, 3)) for x in maps]
     query, key, value, seen = (rearrange(x, split, h=window, w=window) for x in maps)
     mask = seen[:, :, None, :]
     if shifted:
-        mask = mask & np.tile(swin.shift_regions(rows, columns, window=window, shift=window // 2), (images, 1, 1))
+        mask = mask & np.tile(swin.shift_regions(rows, columns, window=window, shift=shift), (images, 1, 1))
     dtype = query.dtype
     query = swin.unit(query, head_width=head_width) * jnp.repeat(inputs["scale"], head_width)
     key = swin.unit(key, head_width=head_width)
@@ -108,7 +112,8 @@ def plain_window(inputs: Mapping[str, Any], fixed: Mapping[str, Any], *, shifted
         scale=1.0,
     )
     join = "B (I P Q) (h w) D -> B I (P h) (Q w) D"
-    return rearrange(mixed, join, h=window, w=window, P=rows // window, Q=columns // window)
+    mixed = rearrange(mixed, join, h=window, w=window, P=rows // window, Q=columns // window)
+    return jnp.roll(mixed, (shift, shift), axis=(2, 3)) if shifted else mixed
 
 
 def kernel_window(inputs: Mapping[str, Any], fixed: Mapping[str, Any], **how: Any) -> jax.Array:

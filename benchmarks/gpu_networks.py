@@ -130,8 +130,8 @@ def _efficiency(config: ConfigDict, attention: str, fields: Mapping[str, Any], r
         return {}, str(error)
     told = ""
     if how["window_attention"] == "triton":  # a block that the kernel does not take would be "xla" without a word here
-        sizes = dict(window=fields["window"], head_width=fields["head_width"], tensor_devices=1)
-        told = window_kernel.problem("triton", width=fields["width"], **sizes)
+        sizes = {key: fields[key] for key in ("window", "width", "head_width")} | dict(columns=fields["window"])
+        told = window_kernel.problem("triton", **sizes, itemsize=2, shifted=False, tensor_devices=1)
     return {**how, "remat": remat}, told
 
 

@@ -113,15 +113,16 @@ def window(
 
     - "sdpa": normalised, the bias and what a shift separates added up to a mask, as the exported module does it;
     - "flex": the same with flex attention, which adds both to each score as it goes;
-    - "alone": PyTorch's attention and no more. Windows are divided, queries and keys normalised and the mask is added
-      up before, and there is no gradient of the bias: less than a network needs.
+    - "alone": PyTorch's attention and no more. Windows are shifted and divided, queries and keys normalised and the
+      mask is added up before, and there is no gradient of the bias: less than a network needs.
     """
     images, _, rows, columns, _ = inputs["query"].shape
-    near = None
+    near, shift = None, window // 2 if shifted else 0
     if shifted:
         near = ShiftedWindows.neighbours(rows, columns, window, window // 2, torch.device(_device()))
-    split = functools.partial(_split, window=window, head_width=head_width)
-    join = functools.partial(_join, images=images, rows=rows, columns=columns, window=window)
+    of_map = dict(window=window, shift=shift)
+    split = functools.partial(_split, head_width=head_width, **of_map)
+    join = functools.partial(_join, images=images, rows=rows, columns=columns, **of_map)
     tensors = {name: _tensor(x) for name, x in inputs.items()}
     above = None if upstream is None else _tensor(upstream)
     if way == "alone":
@@ -152,16 +153,18 @@ def unit(x: Tensor, length: Tensor | None = None) -> Tensor:
     return (x * (scale if length is None else scale * length[:, None, None])).to(x.dtype)
 
 
-def _split(x: Tensor, *, window: int, head_width: int) -> Tensor:
+def _split(x: Tensor, *, window: int, shift: int, head_width: int) -> Tensor:
     """The maps [B 1 P Q D] as heads of their windows [N A M K]."""
+    x = x.roll((-shift, -shift), dims=(2, 3)) if shift else x
     return windows(x.flatten(0, 1), window).unflatten(-1, (-1, head_width)).transpose(1, 2)
 
 
-def _join(x: Tensor, *, images: int, rows: int, columns: int, window: int) -> Tensor:
+def _join(x: Tensor, *, images: int, rows: int, columns: int, window: int, shift: int) -> Tensor:
     """The inverse of ``_split``."""
     x = x.transpose(1, 2).flatten(2)
     x = x.reshape(images, 1, rows // window, columns // window, window, window, -1)
-    return x.transpose(3, 4).reshape(images, 1, rows, columns, -1)
+    x = x.transpose(3, 4).reshape(images, 1, rows, columns, -1)
+    return x.roll((shift, shift), dims=(2, 3)) if shift else x
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor) -> Tensor:

@@ -23,15 +23,10 @@ _KERNELS = {
 
 
 class Training:
-    """A run of ``config`` from its first step; ``kernels`` replaces what the config says of attention."""
+    """A run of ``config`` from its first step, with these kernels."""
 
     def __init__(self, config, kernels):
-        of_config = assembly.efficiency
-        assembly.efficiency = lambda *args: of_config(*args) | kernels
-        try:
-            run = assembly.assemble(config)
-        finally:
-            assembly.efficiency = of_config
+        run = assembly.assemble(config, **kernels)
         self._mesh = sharding.make_mesh(1, 1, 1, 1, devices=jax.devices()[:1])
         shapes = assembly.batch_shapes(config, run.modalities)
         with jax.set_mesh(self._mesh):

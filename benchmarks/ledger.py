@@ -6,7 +6,7 @@ python -m benchmarks.ledger --config=configs/huge.py:v5p:64 --target=v5p:64 --pl
 The first compares kernels with XLA on ``--images`` aerial views, forward and backward. With ``--plan`` the blocks are
 those of the config's step, on one device's samples, each as often as the step runs it, beside the plan's other parts.
 
-Backward from ones in the first, so from a sum of the output, from an array in the second.
+The first takes gradients of the sum of the output, the second of its product with a given array.
 
 A row a block: FLOPs over those of its matrix products by formula; GiB that it moves and milliseconds that it takes as
 XLA counts and guesses them (a kernel of ours by its blocks and grid, ``traffic_bytes``); the milliseconds of its matrix
@@ -35,11 +35,10 @@ from skysense_jax.models.backbone import group_modalities
 from skysense_jax.models.swin import SwinBlock
 from skysense_jax.models.vit import GlobalBlock
 from skysense_jax.plan import __main__ as plan_command
-from skysense_jax.plan import forecast
+from skysense_jax.plan import forecast, parts
 
 _FUSED = {"tpu": "mosaic", "gpu": "triton"}
 _GLOBAL = {"tpu": "mosaic", "gpu": "cudnn"}
-_OTHERS = "tokenizers|merging|between blocks|queries|heads|losses and targets|inputs|update and average|no name"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +110,9 @@ def comparison(config, *, images: int, side: int, platform: str) -> Iterator[Blo
     for stage in (3, 4):
         for implementation in ("xla", _GLOBAL[platform]):
             yield whole(model, stage, samples, (side // 2 ** (stage - 1),) * 2, implementation)
+    if model.num_moe_blocks:
+        grid = (side // 8,) * 2
+        yield whole(model, 4, samples, grid, _GLOBAL[platform], num_experts=model.num_experts)
     num_tokens = 1 + sum(config.data.num_dates.values())
     for implementation in ("xla", _GLOBAL[platform]):
         yield cells(config.model.fusion, (images, (side // 8) ** 2), num_tokens, implementation)
@@ -240,7 +242,10 @@ def say_step(config, target, plan: str, *, device) -> Iterator[str]:
             sums["backbone, nothing done again"] += values - block.student * second
         yield line(block.name, f"{block.student:>8}{block.teacher:>8}", values)
     others = np.zeros(3)
-    for name, flops, gigabytes, ms in re.findall(rf"^  ({_OTHERS}) +([\d.]+) +([\d.]+) +([\d.]+)", plan, re.MULTILINE):
+    rest = "|".join(name for name in parts.NAMES if not name.startswith(("stage", "fusion")))
+    found = re.findall(rf"^  ({rest}) +([\d.]+) +([\d.]+) +([\d.]+)", plan, re.MULTILINE)
+    assert {"merging", "losses and targets"} <= {name for name, *_ in found}, found
+    for name, flops, gigabytes, ms in found:
         values = np.asarray([float(gigabytes) * 1e9 / 2**30, float(ms), 1e15 * float(flops) / chip.flops])
         others += values
         yield line(f"{name} (plan)", " " * 16, values)
@@ -264,7 +269,7 @@ def main() -> None:
     if given.plan:
         if chip.platform != "tpu" or config.efficiency.remat == "matmuls":
             parser.error("--plan: wanted a TPU, whose compiler says what a block costs, and remat 'none' or 'blocks'")
-        if f"config {config_lib.fingerprint(config, plan_command._PLANNED)}" not in given.plan.read_text():
+        if f"config {config_lib.fingerprint(config, plan_command.PLANNED)}" not in given.plan.read_text():
             parser.error(f"--plan={given.plan}: got a plan of another config; wanted one of {given.config}")
         print(f"{config.name} on {target}; jax {jax.__version__}")
         for text in say_step(config, target, given.plan.read_text(), device=device):

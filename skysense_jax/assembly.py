@@ -73,10 +73,21 @@ def _takes_cudnn(device: Any) -> bool:
     return device.platform != "gpu" or (re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8)
 
 
-def assemble(config: ConfigDict, platform: str | None = None) -> Run:
-    """The parts of a run, from its config; ``platform`` as in ``efficiency``."""
+def assemble(
+    config: ConfigDict,
+    platform: str | None = None,
+    *,
+    attention: str | None = None,
+    window_attention: str | None = None,
+) -> Run:
+    """The parts of a run, from its config; ``platform`` as in ``efficiency``.
+
+    ``attention``, ``window_attention``: of the network, instead of what ``efficiency`` says; for comparisons.
+    """
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    network = skysense.build(rows, **config.model, **efficiency(config, platform))
+    kernels = {"attention": attention, "window_attention": window_attention}
+    kernels = efficiency(config, platform) | {name: kernel for name, kernel in kernels.items() if kernel}
+    network = skysense.build(rows, **config.model, **kernels)
     objective = config.objective
     schedules = train_step.Schedules(
         learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),

@@ -73,8 +73,8 @@ def assembled_once(config, platform=None):
 class Compiled:
     """The step of a config on a mesh, jitted without donation so that a state may be used twice."""
 
-    def __init__(self, config, devices):
-        self.config, self.run = config, assembly.assemble(config)
+    def __init__(self, config, devices, **kernels):
+        self.config, self.run = config, assembly.assemble(config, **kernels)
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         self.shapes = assembly.batch_shapes(config, self.run.modalities)
         with jax.set_mesh(self.mesh):

@@ -5,23 +5,22 @@ import numpy as np
 import pytest
 from micro import Compiled, mesh_config
 
-from skysense_jax import assembly, sharding, train
+from skysense_jax import sharding, train
 
 # (data, fsdp, tensor, expert), then (microbatches, logits)
 LAYOUTS = [
-    ((8, 1, 1, 1), (1, 1)),
     ((2, 4, 1, 1), (2, 2)),
     ((1, 1, 2, 4), (2, 1)),
     ((1, 2, 2, 2), (1, 2)),
 ]
 
 
-def _step(layout, parts, element, config=None):
+def _step(layout, parts, element, config=None, **kernels):
     """Metrics and Adam's first moments after one step: from zero, the clipped gradient times 1 - beta1."""
     config = config or mesh_config()
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout)))
     config.parts.update(microbatches=parts[0], logits=parts[1])
-    step = Compiled(config, jax.devices()[: np.prod(layout)])
+    step = Compiled(config, jax.devices()[: np.prod(layout)], **kernels)
     state, metrics = step(step.state(), element)
     adam = next(part for part in state.optimizer if hasattr(part, "mu"))
     return metrics, dict(jax.tree_util.tree_leaves_with_path(adam.mu))
@@ -55,12 +54,11 @@ def _assert_same(found, wanted):
         )
 
 
-def test_step_with_kernels_in_and_outside_windows_equals_the_plain_one(monkeypatch):
+def test_step_with_kernels_in_and_outside_windows_equals_the_plain_one():
     """Eight devices, of which the kernels know; aerial views of 32 x 32 stage-1 tokens."""
     config = mesh_config()
     config.data.update(modalities=("hr",), num_dates=dict(hr=1))
     element = next(iter(train.make_pipeline(config)))
     plain = _step((1, 1, 1, 1), (1, 1), element, config.copy_and_resolve_references())
-    of_config, kernels = assembly.efficiency, dict.fromkeys(("attention", "window_attention"), "mosaic interpreted")
-    monkeypatch.setattr(assembly, "efficiency", lambda *args: of_config(*args) | kernels)
-    _assert_same(_step((2, 2, 1, 2), (1, 1), element, config), plain)
+    kernels = dict.fromkeys(("attention", "window_attention"), "mosaic interpreted")
+    _assert_same(_step((2, 2, 1, 2), (1, 1), element, config, **kernels), plain)

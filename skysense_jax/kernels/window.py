@@ -27,11 +27,25 @@ _KERNELS = {
 }
 
 
-def problem(implementation: str, *, window: int, width: int, head_width: int, tensor_devices: int) -> str:
-    """Why this kernel cannot take windows, width, heads or devices such as these; empty if it can."""
+def problem(
+    implementation: str,
+    *,
+    window: int,
+    width: int,
+    head_width: int,
+    columns: int,
+    itemsize: int,
+    shifted: bool,
+    tensor_devices: int,
+) -> str:
+    """Why this kernel cannot take windows, maps, heads or devices such as these; empty if it can.
+
+    ``itemsize``: bytes of a number of the maps.
+    """
     if tensor_devices > 1:
         return f"heads over {tensor_devices} devices (config.mesh.tensor); wanted 1"
-    return _KERNELS[implementation][0].problem(window=window, width=width, head_width=head_width)
+    sizes = dict(window=window, width=width, head_width=head_width, columns=columns, itemsize=itemsize)
+    return _KERNELS[implementation][0].problem(**sizes, shifted=shifted)
 
 
 def window_attention(
@@ -51,8 +65,9 @@ def window_attention(
 
     Maps are projected, their heads merged, their sides whole windows; ``bias`` and ``scale`` are fp32.
     A token that may look at none gets a finite mean that its caller must not use, with arbitrary gradients.
-    ``shifted``: the map was rolled by half a window, and what was no neighbour before is not looked at. On a mesh
-    (``jax.set_mesh``) samples lie over its ``batch_axes``, and each device works on its own.
+    ``shifted``: windows lie half their side further down and right, those of the last row and column around the map's
+    edge, where tokens do not look at what is no neighbour. On a mesh (``jax.set_mesh``) samples lie over its
+    ``batch_axes``, and each device works on its own.
     """
 
     def local(query, key, value, bias, scale, seen):

@@ -18,8 +18,9 @@ from skysense_jax.kernels.window_layout import MASKED, TINY, TOKENS, WINDOW, cos
 _PROGRAMS = 1024  # of the backward pass at most, over all heads: some for each of a GPU's cores
 
 
-def problem(*, window: int, width: int, head_width: int) -> str:
+def problem(*, window: int, width: int, head_width: int, columns: int, itemsize: int, shifted: bool) -> str:
     """Why this kernel cannot take windows, width and heads such as these; empty if it can."""
+    del columns, itemsize, shifted  # it takes all maps
     if window != WINDOW:
         return f"windows of {window} x {window} tokens; wanted {WINDOW} x {WINDOW}"
     if head_width not in (16, 32, 64, 128) or width % head_width:
@@ -44,39 +45,43 @@ def _unit(x):
 
 
 class _Window:
-    """One window of one head: where it lies in the maps, and its masked scores."""
+    """One window of one head: where it lies in the maps, around their edge if shifted, and its masked scores."""
 
-    def __init__(self, number, head, query_ref, head_width):
+    def __init__(self, number, head, query_ref, head_width, shifted):
         _, rows, columns, _ = query_ref.shape
         across, down = columns // WINDOW, rows // WINDOW
-        self._image, place = number // (across * down), number % (across * down)
-        self._row, self._column = place // across, place % across
-        self._edge = 2 * (self._row == down - 1).astype(jnp.int32) + (self._column == across - 1).astype(jnp.int32)
-        self._head, self._head_width = head, head_width
-
-    def _at(self):
-        return self._image, pl.ds(self._row * WINDOW, WINDOW), pl.ds(self._column * WINDOW, WINDOW)
+        image, place = number // (across * down), number % (across * down)
+        row, column = place // across, place % across
+        self._edge = 2 * (row == down - 1).astype(jnp.int32) + (column == across - 1).astype(jnp.int32)
+        token, by = jnp.arange(TOKENS), WINDOW // 2 if shifted else 0
+        # A place for each token, since around the edge they do not follow each other; where nothing is shifted the
+        # remainders do nothing.
+        self._at = (
+            jnp.full(TOKENS, image),
+            (row * WINDOW + by + token // WINDOW) % rows,
+            (column * WINDOW + by + token % WINDOW) % columns,
+        )
+        self._channels = pl.ds(head * head_width, head_width)
+        self._head = head
 
     def load(self, ref):
-        channels = pl.ds(self._head * self._head_width, self._head_width)
-        return ref[(*self._at(), channels)].reshape(TOKENS, self._head_width)
+        return ref[(*self._at, self._channels)]
 
     def store(self, ref, x):
-        channels = pl.ds(self._head * self._head_width, self._head_width)
-        ref[(*self._at(), channels)] = x.astype(ref.dtype).reshape(WINDOW, WINDOW, self._head_width)
+        ref[(*self._at, self._channels)] = x.astype(ref.dtype)
 
     def weights(self, query, key, bias_ref, seen_ref):
         """The softmax over what is seen, fp32; ``query`` scaled, both unit and in the maps' dtype."""
         kind = self._edge if bias_ref.shape[0] > 1 else 0
         scores = _dot(query, key.T) + bias_ref[kind, self._head]
-        scores = jnp.where(seen_ref[self._at()].reshape(1, TOKENS) > 0, scores, MASKED)
+        scores = jnp.where(seen_ref[self._at][None] > 0, scores, MASKED)
         scores = jnp.exp(scores - scores.max(axis=1, keepdims=True))
         return scores / scores.sum(axis=1, keepdims=True)
 
 
-def _forward_kernel(query_ref, key_ref, value_ref, bias_ref, scale_ref, seen_ref, out_ref, *, head_width):
+def _forward_kernel(query_ref, key_ref, value_ref, bias_ref, scale_ref, seen_ref, out_ref, *, head_width, shifted):
     head = pl.program_id(0)
-    window, dtype = _Window(pl.program_id(1), head, query_ref, head_width), query_ref.dtype
+    window, dtype = _Window(pl.program_id(1), head, query_ref, head_width, shifted), query_ref.dtype
     query = (_unit(window.load(query_ref))[1] * scale_ref[head]).astype(dtype)
     key = _unit(window.load(key_ref))[1].astype(dtype)
     weights = window.weights(query, key, bias_ref, seen_ref)
@@ -98,6 +103,7 @@ def _backward_kernel(
     d_scale_ref,
     *,
     head_width,
+    shifted,
 ):
     head, program, dtype = pl.program_id(0), pl.program_id(1), query_ref.dtype
     images, rows, columns, _ = query_ref.shape
@@ -107,7 +113,7 @@ def _backward_kernel(
 
     def one(number, sums):
         d_bias, d_scale = sums
-        window = _Window(number, head, query_ref, head_width)
+        window = _Window(number, head, query_ref, head_width, shifted)
         by_query, unit_query = _unit(window.load(query_ref))
         by_key, unit_key = _unit(window.load(key_ref))
         query, key, value = (unit_query * scale).astype(dtype), unit_key.astype(dtype), window.load(value_ref)
@@ -142,11 +148,11 @@ def _operands(bias, scale, seen, shifted):
     return bias, scale, seen.astype(jnp.float32)
 
 
-def _call(kernel, arrays, outputs, *, name, products, programs, head_width, interpret):
+def _call(kernel, arrays, outputs, *, name, products, programs, head_width, shifted, interpret):
     heads, maps = arrays[0].shape[3] // head_width, [x for x in arrays if x.shape == arrays[0].shape]
     moved = sum(x.size * x.dtype.itemsize for x in (*maps, *jax.tree.leaves(outputs)))
     return pl.pallas_call(
-        functools.partial(kernel, head_width=head_width),
+        functools.partial(kernel, head_width=head_width, shifted=shifted),
         grid=(heads, programs),
         out_shape=outputs,
         name=name,
@@ -167,6 +173,7 @@ def forward(query, key, value, bias, scale, seen, *, shifted: bool, head_width: 
         products=2,
         programs=images * (rows // WINDOW) * (columns // WINDOW),
         head_width=head_width,
+        shifted=shifted,
         interpret=interpret,
     )
 
@@ -189,6 +196,7 @@ def backward(query, key, value, bias, scale, seen, upstream, *, shifted, head_wi
         products=5,
         programs=programs,
         head_width=head_width,
+        shifted=shifted,
         interpret=interpret,
     )
     return d_query, d_key, d_value, d_bias.sum(0), d_scale.sum((0, 2))

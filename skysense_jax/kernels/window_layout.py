@@ -1,4 +1,4 @@
-"""What both window kernels agree on: the window they are written for, and the masks of a rolled map."""
+"""What both window kernels agree on: the window they are written for, and the masks of shifted windows."""
 
 import math
 
@@ -12,10 +12,10 @@ TINY = 1e-24  # a square length from which on a vector is scaled to length 1
 
 
 def regions() -> np.ndarray:
-    """(4, tokens, tokens) to add to scores: ``MASKED`` where two tokens of a window were no neighbours before the roll.
+    """(4, tokens, tokens) to add to scores of shifted windows: ``MASKED`` where two tokens are no neighbours.
 
-    First axis: 2 x (in the last row of windows) + (in the last column). These hold, behind their middle, what a roll by
-    half a window brought from the first row and column.
+    First axis: 2 x (in the last row of windows) + (in the last column). These hold, behind their middle, tokens of the
+    map's first rows and columns.
     """
     row, column = np.divmod(np.arange(TOKENS), WINDOW)
     differ = lambda place: (place[:, None] < WINDOW // 2) != (place[None, :] < WINDOW // 2)  # noqa: E731

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.kernels import full as full_kernel
-from skysense_jax.models.layers import Dense
+from skysense_jax.models.layers import Dense, product
 from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES
 
 SHORTEST_WAVELENGTH_CELLS, LONGEST_WAVELENGTH_CELLS = 1.0, 128.0
@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         project = lambda name: Dense(  # noqa: E731
             x.shape[-1], axes=(EMBED, HEADS), compute_dtype=self.compute_dtype, name=name
         )(x)
-        mixed = self._mixed(project("query"), project("key"), project("value"), valid, turn)
+        mixed = product(self._mixed(project("query"), project("key"), project("value"), valid, turn))
         return Dense(x.shape[-1], axes=(HEADS, EMBED), compute_dtype=self.compute_dtype, name="output")(mixed)
 
     def _mixed(self, query, key, value, valid, turn):

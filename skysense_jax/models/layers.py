@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED, gathered
@@ -54,6 +55,14 @@ def partitioned(init: Callable, *axes: str) -> Callable:
     assert init.__name__ != "init", "what flax makes has no name of its own: wrap it in named()"
     names = tuple(None if axis == UNSHARDED else axis for axis in axes)  # flax refuses a name that stands twice
     return lambda *args: Parameter(init(*args), names, rules=LOGICAL_AXIS_RULES, init=init.__name__)
+
+
+_PRODUCT = "product"
+
+
+def product(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """``x``, one of what ``recomputed`` keeps of a block with "matmuls"."""
+    return checkpoint_name(x, _PRODUCT)
 
 
 @jax.custom_vjp
@@ -99,7 +108,7 @@ class Dense(nn.Module):
             axis = UNSHARDED if self.axes[1] == EMBED else self.axes[1]
             bias = self.param("bias", partitioned(self.bias_init, axis), (self.features,))
             y = y + bias.astype(self.compute_dtype)
-        return y
+        return product(y)
 
 
 class LayerNorm(nn.Module):
@@ -135,13 +144,20 @@ class Mlp(nn.Module):
 def recomputed(body: Callable, remat: str, *, scanned: bool) -> Callable:
     """``body``, of a module's block, with what ``config.efficiency.remat`` keeps of it for the backward pass.
 
-    "none": all of it; "matmuls": results of matrix products with parameters, not norms, GELUs or attention; "blocks":
-    nothing but what comes in. ``scanned``: a scan around it keeps the two passes apart, so that nothing else need.
+    "none": all of it; "matmuls": what linear layers, attention and experts give and what they send, not norms and GELUs
+    (attention in XLA makes its scores again); "blocks": nothing but what comes in. ``scanned``: a scan around it keeps
+    the two passes apart, so that nothing else need.
     """
     if remat == "none":
         return body
-    policy = {"matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}[remat]
+    policy = {"matmuls": _products, "blocks": None}[remat]
     return nn.remat(body, policy=policy, prevent_cse=not scanned)
+
+
+def _products(primitive, *inputs, **params):
+    """Whether a result is kept: one that is named, and what cuDNN's attention gives, its statistics included."""
+    named_so = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    return named_so(primitive, *inputs, **params) or primitive.name.startswith("dot_product_attention_fwd")
 
 
 @struct.dataclass

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from skysense_jax.models.layers import KERNEL_INIT, gelu, named, partitioned
+from skysense_jax.models.layers import KERNEL_INIT, gelu, named, partitioned, product
 from skysense_jax.sharding import (
     ACTIVATION,
     EMBED,
@@ -122,7 +122,7 @@ class ExpertMlp(nn.Module):
         router = self.param("router", partitioned(KERNEL_INIT, EMBED, UNSHARDED), (width, self.num_experts))
         weights = self._weights(width)
         # fp32 in full: the choice between experts is a discontinuity
-        logits = jnp.einsum("gnd,de->gne", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+        logits = product(jnp.einsum("gnd,de->gne", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST))
         gates, experts = choose(logits, experts_per_token=self.experts_per_token)
         gates = gates * valid[..., None]
         if train:
@@ -157,15 +157,15 @@ class ExpertMlp(nn.Module):
         gather = lambda y, experts, slots: y.at[experts, slots].get(mode="fill", fill_value=0)  # noqa: E731
         spread = constrain_batch(jax.vmap(scatter)(x, experts, slots))  # G E S D, with its sample
         y = self._at_experts(spread, weights)
-        y = jax.vmap(gather)(constrain_batch(y), experts, slots)  # G N k D
+        y = product(jax.vmap(gather)(constrain_batch(y), experts, slots))  # G N k D
         return jnp.einsum("gnkd,gnk->gnd", y, gates.astype(y.dtype)), slots < capacity
 
     def _at_experts(self, x, weights):
         hidden_kernel, hidden_bias, output_kernel, output_bias = weights
         at_experts = lambda x: constrain(x, GROUPS, EXPERT, ACTIVATION, ACTIVATION)  # noqa: E731
-        x = at_experts(x)  # an all-to-all over the expert axis of the mesh
-        hidden = gelu(jnp.einsum("gesd,edf->gesf", x, hidden_kernel) + hidden_bias[:, None])
-        return at_experts(jnp.einsum("gesf,efd->gesd", hidden, output_kernel) + output_bias[:, None])
+        x = product(at_experts(x))  # an all-to-all over the expert axis of the mesh
+        hidden = product(jnp.einsum("gesd,edf->gesf", x, hidden_kernel) + hidden_bias[:, None])
+        return at_experts(jnp.einsum("gesf,efd->gesd", gelu(hidden), output_kernel) + output_bias[:, None])
 
     def _dropless(self, x, weights, gates, experts):
         """Every expert on every token, weighted by its gate or zero: plain, E times the work, memory of one expert."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from skysense_jax.kernels import window as window_kernel
 from skysense_jax.models.attention import attend, fall_back, tensor_devices
-from skysense_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, constant, partitioned
+from skysense_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, constant, partitioned, product
 from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES, UNSHARDED, constrain_batch
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -90,12 +90,16 @@ class WindowAttention(nn.Module):
     ) -> Float[Array, "B I P Q D"]:
         """What each token of a map of whole windows gathers from the tokens of its window that are ``seen``.
 
-        ``shifted``: the map was rolled by half a window, and what was no neighbour before is not looked at.
+        ``shifted``: windows lie half their side further down and right, those of the last row and column around the
+        map's edge, where tokens do not look at what is no neighbour.
         """
         width, num_heads = x.shape[-1], x.shape[-1] // self.head_width
-        fused = self._takes_kernel(window, width)
+        fused = self._takes_kernel(x, window=window, shifted=shifted)
         images, (rows, columns) = x.shape[1], (side // window for side in x.shape[2:4])
+        shift = window // 2 if shifted else 0
         if not fused:
+            if shifted:
+                x, seen = (jnp.roll(array, (-shift, -shift), axis=(2, 3)) for array in (x, seen))
             split = "B I (P h) (Q w) ... -> B (I P Q) (h w) ..."
             x, seen = (rearrange(array, split, h=window, w=window) for array in (x, seen))
         project = lambda name, use_bias=True: Dense(  # noqa: E731
@@ -119,10 +123,10 @@ class WindowAttention(nn.Module):
                 implementation=self.implementation,
                 batch_axes=dict(LOGICAL_AXIS_RULES)[BATCH],
             )
-            return output(mixed)
+            return output(product(mixed))
         mask = seen[:, :, None, :]
         if shifted:
-            regions = shift_regions(rows * window, columns * window, window=window, shift=window // 2)
+            regions = shift_regions(rows * window, columns * window, window=window, shift=shift)
             mask = mask & np.tile(regions, (images, 1, 1))
         query = unit(query, head_width=self.head_width) * jnp.repeat(logit_scale, self.head_width)
         key = unit(key, head_width=self.head_width)
@@ -136,13 +140,16 @@ class WindowAttention(nn.Module):
             scale=1.0,
         )
         join = "B (I P Q) (h w) D -> B I (P h) (Q w) D"
-        return rearrange(output(mixed), join, h=window, w=window, P=rows, Q=columns)
+        mixed = rearrange(output(product(mixed)), join, h=window, w=window, P=rows, Q=columns)
+        return jnp.roll(mixed, (shift, shift), axis=(2, 3)) if shifted else mixed
 
-    def _takes_kernel(self, window: int, width: int) -> bool:
+    def _takes_kernel(self, x, *, window: int, shifted: bool) -> bool:
         """Whether the implementation is a kernel that takes these sizes; if not, says so once."""
         if self.implementation == "xla":
             return False
-        sizes = dict(window=window, width=width, head_width=self.head_width)
+        columns, width = x.shape[3:]
+        sizes = dict(window=window, width=width, head_width=self.head_width, columns=columns, shifted=shifted)
+        sizes |= dict(itemsize=jnp.dtype(self.compute_dtype).itemsize)
         told = window_kernel.problem(self.implementation, **sizes, tensor_devices=tensor_devices())
         if told:
             fall_back("window attention", self.implementation, told)
@@ -177,16 +184,12 @@ class SwinBlock(nn.Module):
 
         rows, columns = x.shape[2:4]
         window = min(self.window, rows, columns)
-        shift = self.window // 2 if self.shifted and min(rows, columns) > self.window else 0
+        shifted = self.shifted and min(rows, columns) > self.window
         pad = ((0, 0), (0, 0), (0, -rows % window), (0, -columns % window))
         valid = jnp.pad(valid, pad, constant_values=True)  # zeros beyond the edge are attended
         x = jnp.pad(constrain_batch(x), (*pad, (0, 0)))
-        if shift:  # all of the block: a token's place matters to attention alone
-            x, valid = (jnp.roll(a, (-shift, -shift), axis=(2, 3)) for a in (x, valid))
         attention = WindowAttention(self.head_width, self.window_attention, self.compute_dtype, name="attention")
-        x = x + residual(0, "attention", attention(x, seen=valid, window=window, shifted=bool(shift)))
+        x = x + residual(0, "attention", attention(x, seen=valid, window=window, shifted=shifted))
         y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
         x = x + residual(1, "mlp", y)
-        if shift:
-            x = jnp.roll(x, (shift, shift), axis=(2, 3))
         return x[:, :, :rows, :columns]

@@ -27,7 +27,7 @@ _REMEDIES = (
     "more chips; config.data.batch_size or views smaller"
 )
 # What the figures depend on: with another value a kept plan is another run's.
-_PLANNED = ("mesh", "efficiency", "parts", "data", "model", "objective")
+PLANNED = ("mesh", "efficiency", "parts", "data", "model", "objective")
 
 
 def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast) -> str:
@@ -45,7 +45,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in f.mesh_shape.items())}",
         f"remat {config.efficiency.remat}, microbatches {config.parts.microbatches}, logits in {config.parts.logits} "
         f"parts, attention {efficiency['attention']}, in windows {efficiency['window_attention']}; "
-        f"config {config_lib.fingerprint(config, _PLANNED)}; {_compilers(chip)}",
+        f"config {config_lib.fingerprint(config, PLANNED)}; {_compilers(chip)}",
         "",
         "of one device, GiB",
         row("state and batch", gib(f.state_bytes)),
@@ -126,11 +126,15 @@ def sweep(config: ConfigDict, target: targets.Target, *, quick: bool = False) ->
     """
     backbone = config.model.backbone
     outcomes, lines = [], [f"{config.name}, batch {config.data.batch_size}, on {target}"]
-    for candidate in sweep_lib.candidates(
-        target,
-        num_experts=backbone.num_experts if backbone.num_moe_blocks else 0,
-        batch_size=config.data.batch_size,
-    ):
+    candidates = list(
+        sweep_lib.candidates(
+            target,
+            num_experts=backbone.num_experts if backbone.num_moe_blocks else 0,
+            batch_size=config.data.batch_size,
+        )
+    )
+    while candidates:
+        candidate = candidates.pop(0)
         tried = config.copy_and_resolve_references()
         for field, value in candidate.overrides.items():
             section, key = field.split(".")
@@ -143,6 +147,8 @@ def sweep(config: ConfigDict, target: targets.Target, *, quick: bool = False) ->
             outcomes.append(sweep_lib.Outcome(candidate, None, str(error)))
         lines.append(outcomes[-1].row(target))
         _say(lines[-1])
+        if outcomes[-1].too_large(target, _FULL) and (smaller := candidate.in_more_parts()):
+            candidates.insert(0, smaller)
     chosen = sweep_lib.best(outcomes, target, _FULL)
     if chosen is None:
         raise ValueError("\n".join([*lines, f"nothing fits in {_FULL:.0%} of a device's memory; try {_REMEDIES}"]))
@@ -165,7 +171,8 @@ def plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> 
         print("compiled quickly: memory is near and above, traffic, exchanges and seconds are higher than a run's")
     share = forecast.peak_bytes / target.chip.memory_bytes
     if share > _FULL:
-        raise ValueError(f"does not fit: {share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}")
+        told = f"{share:.0%} of a device's memory, wanted {_FULL:.0%} or less; try {_REMEDIES}"
+        raise ValueError(f"{forecast_lib.DOES_NOT_FIT}: {told}")
 
 
 def main(argv: list[str]) -> None:
@@ -188,7 +195,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":  # flags are global: a test that imports this and train.py would define --config twice
     config_lib.define_flag()
     flags.DEFINE_string("target", None, "kind and number of chips, e.g. v5p:64, or a cloud's name: v5p-128")
-    flags.DEFINE_bool("sweep", False, "compile several meshes and ways of recomputing, and recommend one")
+    flags.DEFINE_bool("sweep", False, "compile several meshes, ways of recomputing and microbatches, and recommend one")
     flags.DEFINE_bool("quick", False, "only to see whether it fits: a quarter of the time, traffic and times too high")
     flags.mark_flags_as_required(("config", "target"))
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -48,6 +48,7 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {chip.name}"
 """
 # Without a device its compiler picks tiles for Triton's matrix products blindly, and fails on some.
+DOES_NOT_FIT = "does not fit"  # begins what is said of a step that is too large
 GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 _QUICK: dict[str, dict[str, Any]] = {
     "tpu": {"exec_time_optimization_effort": -1.0},
@@ -145,8 +146,9 @@ class Forecast:
 
 
 def work_seconds(work: program.Work, chip: Chip) -> float:
-    """The longer of an instruction's FLOPs and its bytes at the chip's rates."""
-    return max(work.flops / chip.flops, work.num_bytes / chip.memory_bandwidth)
+    """The longer of an instruction's FLOPs, on a TPU in all passes, and its bytes at the chip's rates."""
+    flops = work.flops * (work.passes if chip.platform == "tpu" else 1)
+    return max(flops / chip.flops, work.num_bytes / chip.memory_bandwidth)
 
 
 def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
@@ -201,7 +203,7 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise ValueError(f"does not fit: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{DOES_NOT_FIT}: {str(error).splitlines()[0]}") from error
         stage("compiled")
     memory = compiled.memory_analysis()
     return Forecast(

@@ -27,6 +27,7 @@ _PARTS = (
     ("update and average", ("jit(train_step)",)),
     ("no name", ("",)),
 )
+NAMES = tuple(name for name, _ in _PARTS)
 _PHASES = (
     ("teacher", ("/teacher",)),
     ("student, recomputed", ("/rematted_computation",)),

@@ -25,6 +25,7 @@ _SENT = {
     "collective-broadcast": lambda g: 1.0,
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
+_PASSES = {"highest": 6, "high": 3}  # of a TPU over fp32 numbers, each the sum of three (two) of 16 bits
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 
 
@@ -33,11 +34,13 @@ class Work:
     """What a device does by itself: FLOPs of matrix products and convolutions, bytes read and written in memory.
 
     ``scope`` is the name of the operation that it was made for, module by module; empty where it says none.
+    ``passes``: how often a TPU's matrix units, for 16 bits, go over its products, a mean by FLOPs.
     """
 
     flops: float
     num_bytes: float
     scope: str = ""
+    passes: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,8 @@ def _events(program: hlo.Text, name: str, mesh_shape: Mapping[str, int]) -> Iter
             begins, ends = _ends(i)
             for exchange, its in inside if begins else ():
                 yield from _exchange(exchange, its, mesh_shape, _channel(exchange))
-            work = Work(_flops(i, computation, program), _moved(i, computation, program), i.scope)
+            flops, passes = _products(i, computation, program)
+            work = Work(flops, _moved(i, computation, program), i.scope, passes)
             if work.flops or work.num_bytes:
                 yield work
             for exchange, _ in inside if ends else ():
@@ -252,10 +256,18 @@ def _main_bytes(computation: hlo.Computation, name: str) -> float:
     return computation[name].main_bytes if name in computation else 0.0
 
 
-def _flops(instruction: hlo.Instruction, computation: hlo.Computation, program: hlo.Text) -> float:
-    """Of an instruction's matrix products and convolutions, a fusion's inside it; a multiply-add is two."""
+def _products(instruction: hlo.Instruction, computation: hlo.Computation, program: hlo.Text) -> tuple[float, float]:
+    """FLOPs of an instruction's matrix products and convolutions, a fusion's inside it (a multiply-add is two), and how
+    often a TPU's units go over them."""
     found = program.within(instruction) if instruction.op == "fusion" else ((instruction, computation),)
-    return sum((_product_flops(i, c) for i, c in found), 0.0)
+    products = [(_product_flops(i, c), _passes(i)) for i, c in found]
+    flops = sum((flops for flops, _ in products), 0.0)
+    return flops, sum(flops * passes for flops, passes in products) / flops if flops else 1.0
+
+
+def _passes(product: hlo.Instruction) -> int:
+    match = re.search(r"operand_precision=\{(\w+),(\w+)\}", product.rest)
+    return max((_PASSES.get(precision, 1) for precision in match.groups()), default=1) if match else 1
 
 
 def _product_flops(i: hlo.Instruction, computation: hlo.Computation) -> float:

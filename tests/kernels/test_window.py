@@ -60,7 +60,7 @@ KERNELS = pytest.mark.parametrize("kernel", ["mosaic", "triton"])
         (8, 16, dict(shifted=False)),
         (16, 24, dict()),  # shifted; an odd number of windows in a row
         (13, 18, dict(heads=5)),  # padded, and a last group of one head
-        (24, 16, dict(heads=4, images=3)),
+        (24, 32, dict(heads=4, images=3)),  # pairs of windows, several in a row
         (16, 16, dict(heads=2, head_width=64)),
         (16, 8, dict(heads=9, head_width=16)),  # eight heads a group, one window wide: not shifted
     ],
@@ -72,8 +72,8 @@ def test_block_with_the_kernel_equals_the_plain_one_in_values_and_gradients(kern
 
 @KERNELS
 def test_bfloat16_kernel_is_as_near_to_fp32_as_the_plain_one(kernel):
-    exact, _ = _both(kernel, rows=16, columns=24, images=3)
-    plain, fused = _both(kernel, rows=16, columns=24, images=3, dtype=jnp.bfloat16)
+    exact, _ = _both(kernel, rows=24, columns=32)
+    plain, fused = _both(kernel, rows=24, columns=32, dtype=jnp.bfloat16)
     assert_as_near(fused, plain, exact)
 
 
@@ -90,17 +90,39 @@ def test_kernel_on_a_mesh_equals_one_device(kernel):
     assert_near(spread, alone)
 
 
+SIZES = dict(window=8, width=96, head_width=32, columns=16, itemsize=2, shifted=True, tensor_devices=1)
+
+
 @KERNELS
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        (dict(window=7, width=96, head_width=32, tensor_devices=1), "windows of 7 x 7 tokens; wanted 8 x 8"),
-        (dict(window=8, width=96, head_width=48, tensor_devices=1), "heads of 48 in a width of 96"),
-        (dict(window=8, width=96, head_width=32, tensor_devices=2), "heads over 2 devices"),
+        (dict(window=7), "windows of 7 x 7 tokens; wanted 8 x 8"),
+        (dict(head_width=48), "heads of 48 in a width of 96"),
+        (dict(tensor_devices=2), "heads over 2 devices"),
     ],
 )
 def test_what_a_kernel_cannot_take_is_told(kernel, sizes, told):
-    assert told in window.problem(kernel, **sizes)
+    assert told in window.problem(kernel, **SIZES | sizes)
+
+
+def test_shifted_windows_of_which_no_row_fits_a_chip_are_told():
+    assert window.problem("mosaic", **SIZES | dict(width=352, columns=256)) == ""
+    told = window.problem("mosaic", **SIZES | dict(width=704, columns=136))
+    assert "136 columns of width 704; wanted a row of them on the chip, 128 columns" in told
+    assert window.problem("mosaic", **SIZES | dict(width=704, columns=136, shifted=False)) == ""
+
+
+def test_row_too_wide_for_the_chip_is_plain_if_shifted_and_else_of_several_blocks(monkeypatch, caplog):
+    monkeypatch.setattr(window_tpu, "_BLOCK_BYTES", 16 * 8 * 128 * 4)  # two windows
+    with caplog.at_level("INFO"):
+        plain, fused = _both("mosaic", rows=16, columns=32)
+    assert "'mosaic interpreted': shifted windows in 32 columns of width 96" in caplog.text
+    for name, wanted in plain.items():
+        np.testing.assert_array_equal(fused[name], wanted)
+    assert window_tpu.columns_of_block(32, 96, itemsize=4) == 16
+    plain, fused = _both("mosaic", rows=16, columns=32, shifted=False)
+    assert_near(fused, plain)
 
 
 def test_block_that_no_kernel_takes_is_plain_and_says_so(caplog):
@@ -115,17 +137,18 @@ def test_blocks_hold_whole_windows_and_fit_the_chip():
     for columns, width in ((128, 352), (64, 704), (24, 96), (512, 1408)):
         block = window_tpu.columns_of_block(columns, width, itemsize=2)
         assert columns % block == block % 8 == 0
-        assert 7 * 2 * 8 * block * (-(-width // 128) * 128) * 2 < 32 * 2**20
+        assert 20 * 8 * block * (-(-width // 128) * 128) * 2 < 32 * 2**20  # of 48, shifted ones too
 
 
-def test_traffic_is_that_of_the_blocks_that_the_grid_visits():
+@pytest.mark.parametrize("shifted", [False, True])
+def test_traffic_is_that_of_the_blocks_that_the_grid_visits(shifted):
     """Against the specs that the kernels are called with: each block that is not where it was before, moved once."""
     shape = (2, 16, 24, 96)
     query = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     bias, scale = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.float32)
     seen = jax.ShapeDtypeStruct(shape[:3], jnp.bool_)
-    static = dict(shifted=False, head_width=32)
-    wanted = window_tpu.traffic_bytes(shape, head_width=32, itemsize=2)
+    static = dict(shifted=shifted, head_width=32)
+    wanted = window_tpu.traffic_bytes(shape, head_width=32, itemsize=2, shifted=shifted)
     small = (query, query, query, bias, scale, seen)
     for name, traced in (
         ("forward", jax.make_jaxpr(lambda *a: window_tpu.forward(*a, **static))(*small)),

@@ -172,3 +172,8 @@ def test_balance_has_no_gradient():
         return rows.sum() + found.columns.sum() + found.probs(rows, valid)[0, 0, 0]
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(RNG.normal(size=(2, 3, 6)), jnp.float32)), 0)
+
+
+def test_cosines_are_not_left_to_the_default_precision_of_an_accelerator():
+    text = str(jax.make_jaxpr(contrastive.cosines)(jnp.ones((3, 4)), jnp.ones((5, 4))))
+    assert "precision=(Precision.HIGH, Precision.HIGH)" in text

@@ -175,6 +175,37 @@ def test_remat_and_scan_unroll_do_not_change_values_or_gradients():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize(
+    ("attention", "again"),
+    [
+        ("mosaic interpreted", (0, 0, 0, 2)),  # stages with mixtures: the sum over a token's experts
+        ("xla", (0, 0, 0, 7)),  # the same, and scores of two window blocks and of three stacks of global ones
+        ("cudnn", (0, 0, 0, 4)),
+    ],
+)
+def test_remat_matmuls_multiplies_with_no_parameter_again(attention, again, monkeypatch):
+    """What stands in the gradient's program more often than without recomputation: kernels, and products of XLA."""
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")  # which looks for the library
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    inside = "xla" if attention == "cudnn" else attention
+    fields = FIELDS | MOE | dict(width=32, head_width=32, window=8, attention=attention, window_attention=inside)
+    images, valid = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes((MODALITIES["s1"],), cells=(16, 16)))
+    dtype = jnp.bfloat16 if attention == "cudnn" else jnp.float32
+
+    def count(remat):
+        model = Backbone((MODALITIES["s1"],), **fields, remat=remat, compute_dtype=dtype)
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, valid, train=True))
+        loss = lambda params: model.apply(params, images, valid, train=True).features["s1"].sum()  # noqa: E731
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        kernels = "full_attention_forward", "window_attention_forward", "dot_product_attention_fwd_wrapper["
+        return np.asarray([text.count(name) for name in (*kernels, "dot_general")])
+
+    none, matmuls, blocks = map(count, ("none", "matmuls", "blocks"))
+    np.testing.assert_array_equal(matmuls - none, again)
+    assert (blocks - none).sum() > 3 * sum(again)
+
+
 def test_sharded_over_eight_devices_equals_one_and_is_constrained():
     images, valid = _inputs(batch=4)
     wanted = _loss_and_gradient(DROPPING, _params(), images, valid)

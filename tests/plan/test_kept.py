@@ -31,7 +31,7 @@ def test_kept_plan_is_of_the_config_as_it_is(path):
             section = section[name]
         section[key] = value if isinstance(section[key], str) else ast.literal_eval(value)
     config_lib.validate(config, num_devices=target.num_chips)
-    wanted = config_lib.fingerprint(config, command._PLANNED)
+    wanted = config_lib.fingerprint(config, command.PLANNED)
     assert f"config {wanted}" in text, f"the config has changed: make the plan again: {first[2:]}"
     assert f"{target.num_chips} x {target.chip.name}" in text
     assert ("--quick" in first) == ("compiled quickly" in text)

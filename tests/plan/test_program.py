@@ -94,6 +94,30 @@ def test_totals_of_flops_are_those_of_products_loops_and_convolutions(mesh):
     assert found.flops == 2 * (2 * 8 * 8 * 8) * (3 * 3 * 5)
 
 
+def test_products_of_fp32_in_parts_take_several_passes_of_a_tpu():
+    text = """
+HloModule m, is_scheduled=true
+
+%fused (a: f32[8,4], b: f32[4,16]) -> f32[8,16] {
+  %a = f32[8,4] parameter(0)
+  %b = f32[4,16] parameter(1)
+  %full = f32[8,16] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %plain = f32[8,16] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %sum = f32[8,16] add(%full, %plain)
+}
+
+ENTRY %main (x: f32[8,4], y: f32[4,16]) -> f32[8,16] {
+  %x = f32[8,4] parameter(0)
+  %y = f32[4,16] parameter(1)
+  ROOT %both = f32[8,16] fusion(%x, %y), kind=kOutput, calls=%fused
+}
+"""
+    (work,) = program.read(text, {"data": 1})
+    assert (work.flops, work.passes) == (2 * 2 * 8 * 4 * 16, 3.5)
+    (work,) = program.read(text.replace("{highest,highest}", "{high,high}"), {"data": 1})
+    assert work.passes == 2.0
+
+
 # What compilers of accelerators write, cut down: loops that count by two, an exchange beside three fusions, one that
 # begins and ends by name, a product of cuBLAS, a batch of products as a convolution with dilated windows.
 ACCELERATOR = """

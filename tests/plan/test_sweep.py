@@ -30,8 +30,15 @@ def test_candidates_shard_over_a_slice_a_host_and_experts():
     assert len(dense) == 3
     assert str(dense[0]) == (
         "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.expert=1 "
-        "--config.efficiency.remat=none --config.parts.logits=64"
+        "--config.efficiency.remat=none --config.parts.logits=64 --config.parts.microbatches=1"
     )
+    parts, tried = dense[0], []
+    while parts:
+        tried.append((parts.overrides["parts.microbatches"], parts.overrides["parts.logits"]))
+        parts = parts.in_more_parts()
+    assert tried == [(1, 64), (2, 32), (4, 16), (8, 8), (16, 4), (32, 2), (64, 1)]
+    six = sweep.Candidate({"parts.logits": 6, "parts.microbatches": 1}).in_more_parts()
+    assert six.in_more_parts() == sweep.Candidate({"parts.logits": 1, "parts.microbatches": 6})
 
 
 def test_best_is_the_fastest_that_fits():
@@ -45,11 +52,11 @@ def test_best_is_the_fastest_that_fits():
 
 
 def test_command_tries_all_and_recommends_one_or_says_why_none_fits(monkeypatch):
-    config, target = micro_config(), targets.parse("v5e:4")
-    tried = []
+    config, target, tried = micro_config(), targets.parse("v5e:4"), []
+    config.objective.weights.koleo = 0.0  # which compares all samples, and so wants one part
 
     def compile_step(config, mesh, say, quick):
-        tried.append((dict(mesh.shape), config.efficiency.remat, config.parts.logits))
+        tried.append((config.efficiency.remat, config.parts.logits, config.parts.microbatches))
         if config.efficiency.remat == "none":
             raise ValueError("does not fit: 20 GiB")
         return made_up(2.0 if config.efficiency.remat == "blocks" else 1.0, 10.0, target)
@@ -57,11 +64,17 @@ def test_command_tries_all_and_recommends_one_or_says_why_none_fits(monkeypatch)
     monkeypatch.setattr(forecast, "make_mesh", lambda target, sizes: types.SimpleNamespace(shape=sizes))
     monkeypatch.setattr(forecast, "compile_step", compile_step)
     text = command.sweep(config, target)
-    assert len(tried) == 6  # with and without the axis of the two experts
+    of_mesh = [("none", 2, 1), ("none", 1, 2), ("matmuls", 2, 1), ("blocks", 2, 1)]  # what does not fit, in more parts
+    assert tried == of_mesh * 2  # with and without the axis of the two experts
     assert config.efficiency.remat == "none"  # the caller's stays
-    assert "remat=none --config.parts.logits=2: does not fit: 20 GiB" in text
+    assert "remat=none --config.parts.logits=2 --config.parts.microbatches=1: does not fit: 20 GiB" in text
     assert text.splitlines()[-1].startswith("recommended: --config.mesh.data=1 --config.mesh.fsdp=4")
     assert "remat=matmuls" in text.splitlines()[-1]
+    config.objective.weights.koleo = 0.1
+    tried.clear()
+    command.sweep(config, target)
+    assert [parts for _, *parts in tried] == [[2, 1]] * 6  # what is refused for another reason is not tried again
+    config.objective.weights.koleo = 0.0
     monkeypatch.setattr(command, "_FULL", 0.5)
     with pytest.raises(ValueError, match=r"nothing fits in 50% of a device's memory; try config.parts.logits"):
         command.sweep(config, target)
