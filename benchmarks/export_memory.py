@@ -24,8 +24,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from skysense_jax import assembly, checkpoint, sharding
+from skysense_jax import assembly, digests, manifest, restore, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.train_state import abstract_state, boxed_state
 from skysense_jax.trees import named_leaves
@@ -50,14 +51,14 @@ def save(config, workdir: pathlib.Path, teacher_only: bool) -> int:
 
     draw = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32), leaf.sharding)  # noqa: E731
     params = named_leaves(jax.tree.map(draw, shapes["teacher"]))
-    digests = checkpoint.tree_digests(params)
+    of_params = digests.tree_digests(params)
     arrays, leaves = [], {}
     for path, leaf in named_leaves(shapes).items():  # whatever ends like a parameter's path is that parameter
         name = next((name for name in params if path.endswith(f"/{name}")), None)
         arrays.append(params[name] if name else jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding))
-        leaves[path] = [f"({', '.join(map(str, leaf.shape))}) {leaf.dtype}", digests[name] if name else 0]
+        leaves[path] = [f"({', '.join(map(str, leaf.shape))}) {leaf.dtype}", of_params[name] if name else 0]
     meta = {"config": config_lib.flat_text(config)}
-    notes = {"leaves": leaves, "run": meta, "sha256": checkpoint._text_digest({}, leaves, meta)}
+    notes = {"leaves": leaves, "run": meta, "sha256": restore.text_digest({}, leaves, meta)}
     handlers = dict(  # two GiB at a time, else all four parts would be copied at once
         state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=2, save_device_host_concurrent_gb=2),
         data=ocp.JsonCheckpointHandler(),
@@ -69,6 +70,7 @@ def save(config, workdir: pathlib.Path, teacher_only: bool) -> int:
         manager.save(
             STEP, args=ocp.args.Composite(state=state, data=ocp.args.JsonSave({}), meta=ocp.args.JsonSave(notes))
         )
+    manifest.write(epath.Path(workdir) / "checkpoints" / str(STEP))
     return sum(array.size for array in params.values())
 
 

@@ -39,6 +39,14 @@ def _run() -> dict:
         pictures_every_steps=5000,  # 0: only at the end
         max_nonfinite_in_row=20,  # skipped updates in a row that stop the run
         max_bad_record_share=0.01,  # unreadable records, as a share of those read, that stop the run (from 100 on)
+        watch=dict(  # what is looked for in the numbers of every step [D]
+            spike_deviations=8.0,  # of the loss above its median that are a jump (watch.LossSpikes); 0: none is
+            spike_window=200,  # losses before that say what is usual
+            spike_in_row=5,  # steps in a row that make a jump
+            spike_rewinds=3,  # times a run goes back to the checkpoint before and skips the data since; then it stops
+            collapse_in_row=200,  # steps beyond a limit of watch.Collapses, after the warm-up; 0: not looked for
+            collapse_stops=False,  # else it is told only
+        ),
         input_threads=8,  # reading threads of each worker process (or of the main process without workers)
         input_workers=8,  # processes that decode and crop; 0: in the main process
         prefetch_batches=2,  # batches placed on the device ahead of the step

@@ -1,147 +1,83 @@
 """Checkpoints of a run: saved in the background, verified when read, restored onto any mesh.
 
 Orbax writes and reads the arrays, but does not notice a flipped byte (30 of 30 trials restored wrong numbers), so a
-digest of every array is saved beside them and checked after a restore. A checkpoint that cannot be read or does not
-verify is reported, set aside, and the one before it is used. What a state consists of: train_state.py.
+digest of every array is saved beside them and checked after a restore, and a manifest of all files is the last that is
+written: without it a checkpoint does not count. One that cannot be read or does not verify is reported, set aside, and
+the one before it is used (restore.py). What a state consists of: train_state.py. Next: digests.py, manifest.py.
 """
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, Shaped, UInt32
+from jax.sharding import SingleDeviceSharding
 
-from skysense_jax import storage
+from skysense_jax import manifest, storage
+from skysense_jax.digests import tree_digests
+from skysense_jax.restore import (
+    CheckMeta,
+    DamagedError,
+    Restored,
+    accept,
+    read_notes,
+    restore_newest,
+    shape_text,
+    text_digest,
+)
 from skysense_jax.trees import named_leaves
 
-CheckMeta = Callable[[dict[str, Any]], None]
-_MAX_NAMED = 5  # leaves that an error message lists
-# In what tensorstore says of a bucket.
-_OF_SERVICE = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|http_response"
-)
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_MARKER = "commit_success.txt"  # Orbax's last file
+_LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
+_ASIDE = {
+    "damaged": "Checkpoints that did not verify.\n",
+    "rewound": "Checkpoints of steps that were taken back: the loss had jumped.\n",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a checkpoint held.
+class _Sealing:
+    """Waits in the background for Orbax, which names a checkpoint when it is written, and adds the manifest."""
 
-    Attributes:
-      step: the step it was saved at.
-      state: arrays where the given shardings want them.
-      data_state: of the input pipeline.
-      meta: what the caller saved beside.
-    """
+    def __init__(self, directory: epath.Path):
+        self._directory, self._error = directory, None
+        self._written, self._given_up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="seal")
+        self._thread.start()
 
-    step: int
-    state: Any
-    data_state: dict[str, Any]
-    meta: dict[str, Any]
+    def _run(self) -> None:
+        try:
+            while not (self._directory / _MARKER).exists():
+                if self._given_up.wait(_LOOK_EVERY_S):
+                    return
+            self._written.set()
+            manifest.write(self._directory)
+        except BaseException as error:  # raised by ``wait``
+            self._error = error
 
+    def give_up(self) -> None:
+        """Nothing will come that could be sealed."""
+        self._given_up.set()
 
-def _accept(meta: dict[str, Any]) -> None:
-    del meta
+    def wait(self) -> None:
+        """The manifest is there, or what went wrong is raised; to be called when Orbax is done.
 
-
-class _DamagedError(Exception):
-    """A checkpoint whose arrays are not those that were saved."""
-
-
-# ---- digests
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A one-to-one scramble in which every input bit moves about half of the output bits (MurmurHash3's last step)."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def leaf_digest(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """A number that any single changed element changes, whatever mesh the array is spread over.
-
-    A sum over elements of a scramble of (bits, position): a sum does not care in which order devices add it.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    if x.dtype.itemsize not in _UNSIGNED:
-        raise ValueError(f"an array of dtype {x.dtype} has no digest; wanted elements of 1, 2 or 4 bytes")
-    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
-    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(_mix(bits ^ _mix(position + np.uint32(1))), dtype=jnp.uint32)
-
-
-@functools.lru_cache
-def _digest_on(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
-    # The answer must be on every device: a process can read only what its own devices hold.
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(leaf_digest, out_shardings=where)
-
-
-def tree_digests(tree: Any) -> dict[str, int]:
-    """Path to digest, for every leaf. Compiled once per shape, and shared by student, teacher and moments."""
-    digests = {}
-    for path, leaf in named_leaves(tree).items():
-        leaf = jnp.asarray(leaf)
-        digests[path] = _digest_on(leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None)(leaf)
-    return {path: int(digest) for path, digest in jax.device_get(digests).items()}
-
-
-def _text_digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-# ---- comparing trees
-
-
-def _shape_text(leaf: Any) -> str:
-    return f"({', '.join(map(str, leaf.shape))}) {leaf.dtype}"
-
-
-def _check_same_leaves(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
-    """Nothing, if the saved leaves are the wanted ones.
-
-    Raises:
-      ValueError: naming leaves that only one side has or that differ in shape or dtype.
-    """
-    differing = [f"{p}: saved {saved[p]}, wanted {wanted[p]}" for p in saved if p in wanted and saved[p] != wanted[p]]
-    groups = {
-        "only in the checkpoint": [path for path in saved if path not in wanted],
-        "only in this run": [path for path in wanted if path not in saved],
-        "of another shape or dtype": differing,
-    }
-    if any(groups.values()):
-        lines = [
-            f"  {len(names)} {what}: {'; '.join(names[:_MAX_NAMED])}{'; ...' if len(names) > _MAX_NAMED else ''}"
-            for what, names in groups.items()
-            if names
-        ]
-        raise ValueError(
-            f"{where} holds another state than this config builds:\n"
-            + "\n".join(lines)
-            + "\nGive the config.model it was trained with, or another --workdir."
-        )
-
-
-# ---- writing and reading
+        Raises:
+          OSError: the checkpoint is not there, though Orbax told of no error.
+        """
+        if not self._written.wait(_SHOWS_UP_S):
+            self.give_up()
+            raise OSError(f"{self._directory} was not written to its end; is the disk full?")
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Checkpoints:
@@ -152,6 +88,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Any, *, every_steps: int, keep_last: int, keep_every_steps: int):
         self._workdir = epath.Path(workdir)
+        self._sealing: _Sealing | None = None
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
@@ -192,21 +129,25 @@ class Checkpoints:
             return False
         if json.loads(json.dumps(data_state)) != data_state:
             raise ValueError(f"data_state {data_state!r} does not survive JSON; wanted dicts with string keys, lists")
+        self.wait()
         digests = tree_digests(state)
-        leaves = {path: [_shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
-        return self._manager.save(
+        leaves = {path: [shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
+        saving = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave(data_state),
                 meta=ocp.args.JsonSave(
-                    {"leaves": leaves, "run": meta, "sha256": _text_digest(data_state, leaves, meta)}
+                    {"leaves": leaves, "run": meta, "sha256": text_digest(data_state, leaves, meta)}
                 ),
             ),
             force=True,
         )
+        if saving and jax.process_index() == 0:
+            self._sealing = _Sealing(self._workdir / "checkpoints" / str(step))
+        return saving
 
-    def restore_latest(self, abstract_state: Any, *, check_meta: CheckMeta = _accept) -> Restored | None:
+    def restore_latest(self, abstract_state: Any, *, check_meta: CheckMeta = accept) -> Restored | None:
         """The newest checkpoint that verifies, or None if there is none at all.
 
         ``abstract_state``: shapes with shardings; the mesh may be another than the one that saved. ``check_meta`` sees
@@ -218,23 +159,40 @@ class Checkpoints:
           ValueError: the checkpoint is of another model.
           RuntimeError: there are checkpoints, and none verifies.
         """
-        self._manager.wait_until_finished()
-        restored, damaged = _restore_newest(self._manager, self.steps(), abstract_state, check_meta=check_meta)
-        if damaged:
-            self._set_aside(damaged)
+        self.wait()
+        restored, damaged = restore_newest(self._manager, self.steps(), abstract_state, check_meta=check_meta)
+        self._set_aside(damaged, "damaged")
         return restored
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def restore_before(self, step: int, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint of an earlier step that verifies, or None if there is none.
+
+        Later ones are moved to WORKDIR/rewound_checkpoints, so that no run goes on from them.
+
+        Raises:
+          RuntimeError: there are earlier ones, and none verifies.
+        """
+        self.wait()
+        earlier = [saved for saved in self.steps() if saved < step]
+        restored, damaged = restore_newest(self._manager, earlier, abstract_state)
+        if restored is not None:
+            self._set_aside(damaged, "damaged")
+            self._set_aside([saved for saved in self.steps() if saved >= step], "rewound")
+        return restored
+
+    def _set_aside(self, steps: Sequence[int], why: str) -> None:
+        if not steps:
+            return
         if jax.process_index() == 0:
-            aside = self._workdir / "damaged_checkpoints"
+            aside = self._workdir / f"{why}_checkpoints"
             aside.mkdir(exist_ok=True)
-            (aside / "README").write_text("Checkpoints that did not verify.\n")  # a bucket has no empty folder
+            (aside / "README").write_text(_ASIDE[why])  # a bucket has no empty folder
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
                 (self._workdir / "checkpoints" / str(step)).rename(target)
-                logging.error("damaged checkpoint moved to %s", target)
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+                logging.error("%s checkpoint moved to %s", why, target)
+        multihost_utils.sync_global_devices(f"{why} checkpoints set aside")
         self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -243,12 +201,22 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all files are written; raises what went wrong with them."""
-        self._manager.wait_until_finished()
+        sealing, self._sealing = self._sealing, None
+        try:
+            self._manager.wait_until_finished()
+        except BaseException:
+            if sealing is not None:
+                sealing.give_up()
+            raise
+        if sealing is not None:
+            sealing.wait()
 
     def close(self) -> None:
         """Waits, and lets the background threads go."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def restore_params(
@@ -276,7 +244,7 @@ def restore_params(
             abstract_params if parts is None else {part: abstract_params[part] for part in parts},
         )
         prefixes = (f"{weights}/",) if parts is None else tuple(f"{weights}/{part}/" for part in parts)
-        restored, _ = _restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes)
+        restored, _ = restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes)
         return dataclasses.replace(restored, state=restored.state[weights])
 
 
@@ -291,8 +259,8 @@ def read_meta(workdir: Any, *, step: int | None = None) -> dict[str, Any]:
         failures = {}
         for step in reversed(steps):
             try:
-                return _read_notes(manager, step)["meta"]["run"]
-            except _DamagedError as error:
+                return read_notes(manager, step)["meta"]["run"]
+            except DamagedError as error:
                 failures[step] = str(error)
         raise RuntimeError(f"no checkpoint in {manager.directory} can be read: {failures}")
 
@@ -311,106 +279,3 @@ def _reading(workdir: Any, step: int | None) -> Iterator[tuple[ocp.CheckpointMan
             wanted = "at least one" if step is None else f"step {step}"
             raise ValueError(f"--workdir: {directory} holds checkpoints of the steps {steps}; wanted {wanted}")
         yield manager, steps if step is None else [step]
-
-
-def _restore_newest(
-    manager: ocp.CheckpointManager,
-    steps: Sequence[int],
-    abstract: Any,
-    *,
-    prefixes: tuple[str, ...] | None = None,
-    check_meta: CheckMeta = _accept,
-) -> tuple[Restored | None, list[int]]:
-    """The last of ``steps`` that verifies, and the steps passed over for it.
-
-    ``prefixes``: ``abstract`` is a dict of what stands under these paths of the state, and the rest is not read.
-    """
-    failures: dict[int, str] = {}
-    for step in reversed(steps):
-        try:
-            restored = _restore_step(manager, step, abstract, prefixes=prefixes, check_meta=check_meta)
-            return restored, list(failures)
-        except _DamagedError as error:
-            failures[step] = str(error)
-        logging.error("the checkpoint of step %d in %s is damaged: %s", step, manager.directory, failures[step])
-    if failures:
-        told = "\n".join(f"  step {step}: {failure}" for step, failure in failures.items())
-        raise RuntimeError(f"no checkpoint in {manager.directory} can be restored:\n{told}")
-    return None, []
-
-
-def _restore_step(
-    manager: ocp.CheckpointManager,
-    step: int,
-    abstract: Any,
-    *,
-    prefixes: tuple[str, ...] | None,
-    check_meta: CheckMeta,
-) -> Restored:
-    wanted = named_leaves(abstract)
-    notes = _together(lambda: _read_notes(manager, step))
-    data_state, saved, meta = notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]
-    check_meta(meta)
-    if prefixes is not None:
-        saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefixes)}
-    _check_same_leaves(
-        {path: shape for path, (shape, _) in saved.items()},
-        {path: _shape_text(leaf) for path, leaf in wanted.items()},
-        f"the checkpoint of step {step} in {manager.directory}",
-    )
-    how = ocp.checkpoint_utils.construct_restore_args(abstract)
-    arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=prefixes is not None, restore_args=how)
-    state = _together(lambda: _read_item(manager, step, "state", ocp.PyTreeCheckpointHandler(), arguments))
-    wrong = [path for path, digest in tree_digests(state).items() if digest != saved[path][1]]
-    if wrong:
-        raise _DamagedError(f"{len(wrong)} arrays are not what was saved: {', '.join(wrong[:_MAX_NAMED])}")
-    return Restored(step, state, data_state, meta)
-
-
-def _read_item(manager: ocp.CheckpointManager, step: int, name: str, handler: Any, arguments: Any) -> Any:
-    """An item of a checkpoint, by its handler: the manager's own ``restore`` waits for the other processes behind it,
-    for ever if one of them met damage."""
-    with _any_error_is_damage(manager.directory):
-        return handler.restore(manager.directory / str(step) / name, args=arguments)
-
-
-def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON of a checkpoint, "data" and "meta", compared with its digest."""
-    notes = {
-        name: _read_item(manager, step, name, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-        for name in ("data", "meta")
-    }
-    with _any_error_is_damage(manager.directory):
-        if _text_digest(notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]) != notes["meta"]["sha256"]:
-            raise ValueError("its JSON is not what was saved")
-    return notes
-
-
-@contextlib.contextmanager
-def _any_error_is_damage(directory: epath.Path) -> Iterator[None]:
-    """Whatever Orbax, tensorstore or JSON raise on files that are not what was written.
-
-    Not what says nothing of the files: memory that ran out, on the host or a device, files one may not read, and a
-    bucket that does not answer or has other credentials than when the run began.
-    """
-    try:
-        yield
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        of_files = isinstance(error, ValueError | KeyError | FileNotFoundError) and not _OF_SERVICE.search(str(error))
-        if storage.in_bucket(directory) and not of_files:
-            raise
-        raise _DamagedError(f"{type(error).__name__}: {error}".split("\n")[0][:500]) from error
-
-
-def _together(read: Callable[[], Any]) -> Any:
-    """What ``read`` gives; damage that one process finds is damage for all, before they do anything together."""
-    found, damage = None, None
-    try:
-        found = read()
-    except _DamagedError as error:
-        damage = error
-    if not np.all(multihost_utils.process_allgather(np.asarray(damage is None))):
-        raise damage or _DamagedError("another process could not read it")
-    return found

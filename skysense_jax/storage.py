@@ -56,7 +56,7 @@ def problem(url: str) -> str:
         from google.cloud import storage
         from google.cloud.storage.retry import DEFAULT_RETRY
     except ImportError as error:
-        return f"{error}; wanted the client of Google Cloud Storage: pip install 'skysense-jax[gcs]'"
+        return f"{error}; wanted the client of Google Cloud Storage: pip install --editable '.[gcs]'"
     bucket = url.split("/")[2]
     try:
         # Orbax asks the same, so that storage.buckets.get is needed beside the rights on objects.

@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from skysense_jax import checkpoint, dry_run, measure, metrics, parameters, profiling, sharding, storage
+from skysense_jax import checkpoint, dry_run, measure, metrics, parameters, profiling, sharding, storage, watch
 from skysense_jax import config as config_lib
 from skysense_jax.assembly import Run, assemble, batch_flops, batch_shapes, make_pipeline
 from skysense_jax.batch import Batch
@@ -26,9 +26,11 @@ from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval import pictures, probes
 from skysense_jax.feed import prefetch
+from skysense_jax.launch import facts
 from skysense_jax.launch.roll_call import StartError
 from skysense_jax.launch.start import started
 from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
+from skysense_jax.monitor import Limits, Monitor, WentWrong
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
@@ -38,87 +40,26 @@ _WORKDIR = flags.DEFINE_string(
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "START:END: steps, both included, whose trace goes to WORKDIR/profile."
 )
+_ACCEPT = flags.DEFINE_multi_enum(
+    "accept", [], ["data"], "Go on although this has changed since the checkpoint: data, the files of the sources."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, sizes, cost and one checked sample, and stop.")
 
 _PICTURED = 3  # samples in a picture
 
 
-class _Monitor:
-    """What the loop tells people: metrics of earlier steps, speed, skipped updates, unreadable records.
-
-    Attributes:
-      clock: takes the time of the steps.
-    """
-
-    def __init__(self, config: ConfigDict, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers, *, flops: float):
-        self._run, self._num_steps = config.run, config.optim.num_steps
-        self.clock = measure.StepClock(batch_size=config.data.batch_size, batch_flops=flops, devices=jax.devices())
-        self._notes: tuple[int, dict[str, float]] = (0, {})
-        self._pipeline, self._writers = pipeline, writers
-        self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(config.optim.num_steps)
-        self._records = self._bad_records = 0
-        self._named: set[int] = set()
-
-    def after_step(self, step: int, step_metrics: dict[str, jax.Array], element: dict[str, Any]) -> None:
-        """Takes the numbers of a step in flight and writes those of earlier ones."""
-        self._count_bad_records(element)
-        self._buffer.push(step, step_metrics)
-        self.clock.dispatched(step_metrics)
-        for ready in self._buffer.flush_ready():
-            self._write(*ready)
-
-    def note(self, step: int, numbers: dict[str, float]) -> None:
-        """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
-        self._notes = (step, numbers)
-
-    def catch_up(self, step: int) -> None:
-        """Writes the numbers up to ``step``, the newest, and waits for it; times begin anew behind the next."""
-        for ready in self._buffer.flush():
-            self._write(*ready)
-        self.clock.restart(step + 1)
-
-    def close(self) -> None:
-        """Writes what is left."""
-        for ready in self._buffer.flush():
-            self._write(*ready)
-        self._progress.close()
-
-    def _write(self, step: int, numbers: dict[str, np.ndarray]) -> None:
-        self.clock.ended(step)
-        self._progress.update(step, float(numbers["loss"]), self.clock.summary)
-        in_row = int(numbers["nonfinite_in_row"])
-        if in_row:
-            logging.warning("step %d: loss or gradient not finite; update skipped, %d in a row", step, in_row)
-        if step % self._run.log_every_steps == 0 or step in (1, self._num_steps) or in_row:
-            numbers = {**numbers, "bad_records": self._bad_records, **self.clock.numbers(step)}
-            if step >= self._notes[0]:
-                numbers, self._notes = {**numbers, **self._notes[1]}, (0, {})
-            self._writers.write(step, {name: float(number) for name, number in numbers.items()})
-        if in_row >= self._run.max_nonfinite_in_row:
-            raise RuntimeError(
-                f"step {step}: {in_row} updates in a row were skipped because loss or gradient was not finite "
-                f"(config.run.max_nonfinite_in_row={self._run.max_nonfinite_in_row}); the last checkpoint is good. "
-                "Lower config.optim.learning_rate, or look at the records of these steps"
-            )
-
-    def _count_bad_records(self, element: dict[str, Any]) -> None:
-        bad = element["bad_record"]
-        self._records += len(bad)
-        self._bad_records += int((bad >= 0).sum())
-        for index in {int(i) for i in bad if i >= 0} - self._named:
-            self._named.add(index)
-            name, reason = self._pipeline.describe(index), self._pipeline.reason(index)
-            logging.warning("unreadable record skipped: %s: %s", name, reason)
-        share, seen_enough = self._bad_records / self._records, self._records >= 100
-        if seen_enough and share > self._run.max_bad_record_share:
-            raise RuntimeError(
-                f"{self._bad_records} of {self._records} records could not be read "
-                f"(config.run.max_bad_record_share={self._run.max_bad_record_share}); the log names them"
-            )
+def _facts(config: ConfigDict) -> dict[str, Any]:
+    """What is saved with every checkpoint of what made it: config, code, and the files of its sources."""
+    sources = (name for name, _ in config.data.sources if name != pipeline_lib.SCENES)
+    return dict(
+        config=config_lib.flat_text(config),
+        code=facts.code_digest(),
+        data={name: facts.source_facts(name)["digest"] for name in sources},
+    )
 
 
-def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
-    """Refuses to go on with another model; says what else changed."""
+def _check_same_run(meta: dict[str, Any], now: dict[str, Any], config: ConfigDict, accepted: Sequence[str]) -> None:
+    """Refuses to go on with another model or with other files under the same name; says what else changed."""
     changes = config_lib.compare(meta["config"], config)
     if changes.refused:
         raise ValueError(
@@ -128,6 +69,35 @@ def _check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
         )
     for change in changes.allowed:
         logging.warning("going on with another value than before: %s", change)
+    if meta["code"] != now["code"]:
+        logging.warning("going on with other code than before: %s -> %s", meta["code"], now["code"])
+    for name, digest in now["data"].items():
+        if meta["data"].get(name, digest) == digest:
+            continue
+        told = f"config.data.sources: the files of {name!r} are not those that the run in --workdir was trained on"
+        if "data" not in accepted:
+            raise ValueError(f"{told}: another order of samples. Bring them back, or say --accept=data to go on")
+        logging.warning("%s; going on with --accept=data", told)
+
+
+class _Course:
+    """Where a run is: its step, the state behind it, and the batches that follow.
+
+    ``go_back`` takes it to the checkpoint before a jump of the loss, and past the data of the steps since.
+    """
+
+    def __init__(self, step: int, state: TrainState, source: pipeline_lib.PipelineIterator, follow: Callable[[], Any]):
+        self.step, self.state, self._source, self._follow = step, state, source, follow
+        self.data_state, self.batches = source.get_state(), follow()
+
+    def go_back(self, wrong: WentWrong, checkpoints: checkpoint.Checkpoints, abstract: TrainState) -> None:
+        """Raises RuntimeError if there is no checkpoint before the jump."""
+        self.state = None  # before another takes its place
+        restored = checkpoints.restore_before(wrong.spike.first_step, abstract)
+        if restored is None:
+            raise RuntimeError(f"{wrong}; there is no checkpoint before it to go back to") from wrong
+        self._source.set_state(self.data_state)
+        self.step, self.state, self.batches = restored.step, restored.state, self._follow()
 
 
 def train(
@@ -162,9 +132,9 @@ def train(
             keep_every_steps=config.run.keep_every_steps,
         )
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore_latest(
-            abstract_state(boxed, mesh), check_meta=functools.partial(_check_same_run, config=config)
-        )
+        meta, abstract = _facts(config), abstract_state(boxed, mesh)
+        same = functools.partial(_check_same_run, now=meta, config=config, accepted=_accepted())
+        restored = checkpoints.restore_latest(abstract, check_meta=same)
         source = iter(pipeline)
         stack.callback(source.close)
         if restored is None:
@@ -172,7 +142,8 @@ def train(
         else:
             start, state = restored.step, restored.state
             source.set_state(restored.data_state)
-        logging.info("starting at step %d of %d", start, config.optim.num_steps)
+        come_from = "a new state" if restored is None else f"the newest checkpoint that verifies in {workdir}"
+        logging.info("starting at step %d of %d, from %s", start, config.optim.num_steps, come_from)
         if start < config.optim.num_steps:
             logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
         else:
@@ -183,18 +154,17 @@ def train(
         first = jax.process_index() == 0
         files = storage.SmallFiles(workdir, fetch=metrics.CONTINUED if first else ())
         stack.callback(files.close)
-        writers = metrics.open_writers(
+        open_writers = functools.partial(
+            metrics.open_writers,
             files.path,
-            resumed_step=start,
             tensorboard=config.run.tensorboard,
             wandb_project=config.run.wandb_project,
             settings=settings,
         )
-        stack.callback(writers.close)
+        monitor = _monitor(config, run, pipeline, open_writers(resumed_step=start), files.path)
+        stack.callback(monitor.close_writers)
         if first:
             (files.path / "config.txt").write_text(config_lib.flat_text(config))
-        meta = {"config": config_lib.flat_text(config)}
-        monitor = _Monitor(config, pipeline, writers, flops=batch_flops(config, run.modalities))
         profiler = profiling.Profiler(
             profiled, files.path, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )
@@ -203,38 +173,82 @@ def train(
         def keep_numbers() -> None:
             """No number up to this step is lost when the run goes on from its checkpoint, on another host."""
             if files.staged:
-                monitor.catch_up(step)
+                monitor.catch_up(course.step)
                 files.send()
 
         # ---- loop
-        step_fn = jit_step(run.step, boxed, mesh)
-        batches = monitor.clock.watch(prefetch(source, mesh, config.run.prefetch_batches))
-        element = None
-        for step in range(start + 1, config.optim.num_steps + 1):
-            batch, element, data_state = next(batches)
-            if step == start + 1:
-                dry_run.check_element(element, shapes, num_samples=len(places))
-            state, step_metrics = profiler.run(step, step_fn, state, batch)
-            monitor.after_step(step, step_metrics, element)
-            checkpoints.maybe_save(step, state, data_state=data_state, meta=meta, before=keep_numbers)
-            if stop is not None and stop.reached(step):
-                monitor.close()
-                files.send()
-                checkpoints.save(step, state, data_state=data_state, meta=meta)
-                checkpoints.wait()
+        step_fn, last_step = jit_step(run.step, boxed, mesh), config.optim.num_steps
+        follow = lambda: monitor.clock.watch(prefetch(source, mesh, config.run.prefetch_batches))  # noqa: E731
+        course, element, rewinds = _Course(start, state, source, follow), None, config.run.watch.spike_rewinds
+        del state  # the course has it
+        while course.step < last_step:
+            try:
+                batch, element, course.data_state = next(course.batches)
+                step = course.step = course.step + 1
+                if step == start + 1:
+                    dry_run.check_element(element, shapes, num_samples=len(places))
+                course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
+                monitor.after_step(step, step_metrics, element)
+                saved = dict(data_state=course.data_state, meta=meta)
+                checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
+                stopping = stop is not None and stop.reached(step)
+                if stopping or step == last_step:
+                    monitor.close()
+                    files.send()
+                    checkpoints.save(step, course.state, **saved)
+                    checkpoints.wait()
+            except WentWrong as wrong:
+                if rewinds == 0:
+                    raise RuntimeError(f"{wrong}, once more (config.run.watch.spike_rewinds)") from wrong
+                rewinds -= 1
+                course.go_back(wrong, checkpoints, abstract)
+                monitor.go_back(course.step, wrong, open_writers)
+                continue
+            if stopping:
                 raise Stopped(f"stopped behind step {step}, which is saved")
             every = config.run.pictures_every_steps
-            if every and step % every == 0 and step < config.optim.num_steps:
-                write_pictures(config, run, pipeline, state.teacher, element, files.path)
+            if every and step % every == 0 and step < last_step:
+                write_pictures(config, run, pipeline, course.state.teacher, element, files.path)
         monitor.close()
-        files.send()
-        if start < config.optim.num_steps:
-            checkpoints.save(config.optim.num_steps, state, data_state=data_state, meta=meta)
-        checkpoints.wait()
+        state = course.state
 
         write_pictures(config, run, pipeline, state.teacher, element or next(source), files.path)
         write_probe(config, run, state, mesh, files.path)
     return state
+
+
+def _accepted() -> Sequence[str]:
+    return _ACCEPT.value if flags.FLAGS.is_parsed() else ()
+
+
+def _monitor(
+    config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers, directory: pathlib.Path
+) -> Monitor:
+    looks_for, model = config.run.watch, config.model
+    return Monitor(
+        num_steps=config.optim.num_steps,
+        limits=Limits(
+            collapse_stops=looks_for.collapse_stops,
+            **{key: config.run[key] for key in ("log_every_steps", "max_nonfinite_in_row", "max_bad_record_share")},
+        ),
+        clock=measure.StepClock(
+            batch_size=config.data.batch_size,
+            batch_flops=batch_flops(config, run.modalities),
+            devices=jax.devices(),
+        ),
+        spikes=watch.LossSpikes(
+            window=looks_for.spike_window, deviations=looks_for.spike_deviations, in_row=looks_for.spike_in_row
+        ),
+        collapses=watch.Collapses(
+            num_prototypes=model.heads.num_prototypes,
+            num_queries=model.queries.num_queries,
+            in_row=looks_for.collapse_in_row,
+            from_step=config.optim.warmup_steps,
+        ),
+        pipeline=pipeline,
+        writers=writers,
+        directory=directory,
+    )
 
 
 def write_pictures(

@@ -1,6 +1,8 @@
 """What is saved comes back to the bit on any mesh; what is damaged is found, told and passed over."""
 
 import pathlib
+import resource
+import shutil
 from typing import Any
 
 import jax
@@ -8,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from skysense_jax import checkpoint
-from skysense_jax.checkpoint import Checkpoints, leaf_digest, restore_params, tree_digests
+from skysense_jax import checkpoint, manifest
+from skysense_jax.checkpoint import Checkpoints, restore_params
+from skysense_jax.digests import leaf_digest, tree_digests
 
 
 @struct.dataclass
@@ -60,6 +64,11 @@ def save(checkpoints, step, state, *, force=False):
     data_state = {"global_next_index": 8 * step, "nested": {"epochs": [1, 2]}}
     how = checkpoints.save if force else checkpoints.maybe_save
     return how(step, state, data_state=data_state, meta={"config": "a = 1\n"})
+
+
+def save_and_wait(checkpoints, step):
+    save(checkpoints, step, put(make_state(step), (1, 1)))
+    checkpoints.wait()
 
 
 def assert_bits_equal(got, want):
@@ -162,9 +171,12 @@ def test_save_data_state_that_json_changes_is_refused(tmp_path):
     checkpoints.close()
 
 
-def test_restore_flipped_byte_in_the_newest_falls_back_and_the_run_goes_on(tmp_path, errors):
+def test_restore_flipped_byte_behind_the_manifest_falls_back_and_the_run_goes_on(tmp_path, errors):
+    """Damage that the files' hashes do not show, as of memory before they were written."""
     saved_run(tmp_path).close()
-    damage(tmp_path / "checkpoints" / "2")
+    newest = tmp_path / "checkpoints" / "2"
+    damage(newest)
+    manifest.write(epath.Path(newest))
     checkpoints = open_run(tmp_path)
     restored = checkpoints.restore_latest(placed(make_state(), (1, 1)))
     assert restored.step == 1
@@ -177,8 +189,47 @@ def test_restore_flipped_byte_in_the_newest_falls_back_and_the_run_goes_on(tmp_p
     checkpoints.close()
 
 
+def _damaged(content: bytes, how: str) -> bytes | None:
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else b"?"
+    return dict(truncated=content[:middle], emptied=b"", flipped=flipped, removed=None)[how]
+
+
+def test_every_file_truncated_emptied_flipped_or_removed_is_found_and_passed_over(tmp_path, errors):
+    """All damages of all files: none is restored, none ends in anything but the checkpoint before."""
+    checkpoints = saved_run(tmp_path, steps=(1, 2))
+    newest = tmp_path / "checkpoints" / "2"
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    assert {"MANIFEST.json", "commit_success.txt", "_CHECKPOINT_METADATA"} <= set(map(str, files))
+    assert len(files) > 15
+    kept = tmp_path / "kept"
+    shutil.copytree(newest, kept)
+    found = {}
+    for file in files:
+        for how in ("truncated", "emptied", "flipped", "removed"):
+            content = (kept / file).read_bytes()
+            damaged = _damaged(content, how)
+            if damaged == content:
+                continue  # nothing of an empty file can be taken away
+            if damaged is None:
+                (newest / file).unlink()
+            else:
+                (newest / file).write_bytes(damaged)
+            errors.clear()
+            restored = checkpoints.restore_latest(placed(make_state(), (1, 1)))
+            found[file, how] = restored.step == 1 and "step 2" in errors[0] and not newest.exists()
+            if how == "flipped":
+                assert_bits_equal(restored.state, make_state(1))
+            shutil.copytree(kept, newest)
+            checkpoints = open_run(tmp_path)
+    checkpoints.close()
+    assert len(found) > 3 * len(files)
+    assert all(found.values()), [what for what, was_found in found.items() if not was_found]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no meta", "no state", "another position"])
-def test_restore_unreadable_newest_falls_back(tmp_path, errors, damage):
+def test_restore_unreadable_newest_falls_back_whatever_its_manifest_says(tmp_path, errors, monkeypatch, damage):
+    monkeypatch.setattr(manifest, "problem", lambda directory: "")
     saved_run(tmp_path).close()
     newest = tmp_path / "checkpoints" / "2"
     if damage == "truncated":
@@ -222,6 +273,41 @@ def test_restore_all_damaged_is_an_error_that_names_each_and_moves_nothing(tmp_p
         checkpoints.restore_latest(placed(make_state(), (1, 1)))
     assert checkpoints.steps() == [1, 2]
     checkpoints.close()
+
+
+def test_restore_checkpoint_that_was_not_sealed_does_not_count(tmp_path, errors):
+    saved_run(tmp_path).close()
+    (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()  # killed between Orbax's last file and ours
+    checkpoints = open_run(tmp_path)
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))).step == 1
+    assert "there is no MANIFEST.json: it was not written to its end" in errors[0]
+    checkpoints.close()
+
+
+def test_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, errors, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SHOWS_UP_S", 0.5)
+    checkpoints = saved_run(tmp_path, steps=(1,))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # writes beyond it fail as on a full disk
+    try:
+        with pytest.raises(Exception, match=r"File too large|EFBIG|is the disk full"):
+            save_and_wait(checkpoints, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints = open_run(tmp_path)
+    restored = checkpoints.restore_latest(placed(make_state(), (1, 1)))
+    assert restored.step == 1
+    assert_bits_equal(restored.state, make_state(1))
+    assert save(checkpoints, 2, put(make_state(2), (1, 1)))
+    checkpoints.close()
+
+
+def test_directory_that_vanishes_is_told(tmp_path):
+    checkpoints = saved_run(tmp_path, steps=(1,))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("a file stands where the directory was")
+    with pytest.raises(OSError, match="checkpoints"):
+        save_and_wait(checkpoints, 2)
 
 
 def test_restore_partially_written_directory_is_ignored(tmp_path, errors):

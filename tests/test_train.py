@@ -1,5 +1,6 @@
 """Runs of the micro config through the entry point's functions: exact resume, refusals, new sensors, bad input."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from micro import assembled_once, micro_config, mono_config
 
-from skysense_jax import checkpoint, metrics, modalities, train
+from skysense_jax import checkpoint, metrics, modalities, monitor, train, watch
 from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
@@ -127,6 +128,23 @@ def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
     config.model.fusion.depth = 3
     with pytest.raises(ValueError, match=r"config\.model\.fusion\.depth: 2 -> 3"):
         _train(config, straight[0], monkeypatch)
+
+
+def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
+    pattern = str(tmp_path / "*.array_record")
+    config = mono_config()
+    config.data.sources = ((pattern, 1.0),)
+    (tmp_path / "a.array_record").write_bytes(b"12345")
+    before = train._facts(config)
+    train._check_same_run(before, train._facts(config), config, accepted=())
+    assert not caplog.records
+    (tmp_path / "b.array_record").write_bytes(b"67")
+    now = train._facts(config)
+    with pytest.raises(ValueError, match=r"config.data.sources: the files of '.*' are not those .* --accept=data"):
+        train._check_same_run(before, now, config, accepted=())
+    train._check_same_run(before, now | {"code": "0 abc"}, config, accepted=("data",))
+    assert "going on with other code than before" in caplog.text
+    assert "going on with --accept=data" in caplog.text
 
 
 def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
@@ -265,14 +283,18 @@ class _Pipeline(train.pipeline_lib.Pipeline):
         return "truncated"
 
 
-def _monitor(**fields):
+def _monitor(directory, sinks=(), **fields):
     config = mono_config()
     config.run.update(fields)
-    return train._Monitor(config, _Pipeline(), metrics.Writers([]), flops=1e9)
+    return train._monitor(config, assembled_once(config), _Pipeline(), metrics.Writers(sinks), directory)
+
+
+def _element(bad=(-1,)):
+    return {"bad_record": np.array(bad), "record": np.arange(len(bad))}
 
 
 @pytest.mark.parametrize(("every", "written_with"), [(1, [4]), (3, [6])])
-def test_notes_are_written_once_and_not_before_their_step(every, written_with):
+def test_notes_are_written_once_and_not_before_their_step(every, written_with, tmp_path):
     class Sink:
         def __init__(self):
             self.steps = []
@@ -283,10 +305,9 @@ def test_notes_are_written_once_and_not_before_their_step(every, written_with):
         def close(self):
             pass
 
-    config, sink = mono_config(), Sink()
-    config.run.log_every_steps = every
-    monitor = train._Monitor(config, _Pipeline(), metrics.Writers([sink]), flops=1e9)
-    numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, {"bad_record": np.array([-1])}
+    sink = Sink()
+    monitor = _monitor(tmp_path, [sink], log_every_steps=every)
+    numbers, element = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}, _element()
     for step in range(1, 10):
         if step == 4:
             monitor.note(4, {"profile/step_seconds": 1.0})  # before the numbers of step 3 are written
@@ -295,24 +316,31 @@ def test_notes_are_written_once_and_not_before_their_step(every, written_with):
     assert sink.steps == written_with
 
 
-def test_run_stops_above_the_share_of_bad_records():
-    monitor = _monitor(max_bad_record_share=0.02)
-    good, bad = ({"bad_record": np.array([value] + [-1] * 49)} for value in (-1, 7))
+def test_run_stops_above_the_share_of_bad_records_and_names_them(tmp_path):
+    monitor = _monitor(tmp_path, max_bad_record_share=0.02)
+    good, bad = (_element([value] + [-1] * 49) for value in (-1, 7))
     numbers = {"loss": jnp.float32(1), "nonfinite_in_row": jnp.float32(0)}
     monitor.after_step(1, numbers, good)
     monitor.after_step(2, numbers, bad)
     monitor.after_step(3, numbers, good)  # 1 of 150: still allowed
     with pytest.raises(RuntimeError, match=r"5 of 200 .*config\.run\.max_bad_record_share=0\.02"):
-        monitor.after_step(4, numbers, {"bad_record": np.array([6, 7, 8, 9] + [-1] * 46)})
+        monitor.after_step(4, numbers, _element([6, 7, 8, 9] + [-1] * 46))
+    lines = _lines(tmp_path / "quarantine.jsonl")
+    assert [(line["step"], line["record"], line["reason"]) for line in lines] == [
+        (step, f"record {index}", "truncated") for step, index in ((2, 7), (4, 6), (4, 8), (4, 9))
+    ]
 
 
-def test_run_stops_after_skipped_updates_in_a_row():
-    monitor = _monitor(max_nonfinite_in_row=3)
-    element = {"bad_record": np.array([-1])}
+def test_run_stops_after_skipped_updates_in_a_row_and_names_their_samples(tmp_path):
+    monitor = _monitor(tmp_path, max_nonfinite_in_row=3)
     for step in (1, 2, 3):
-        monitor.after_step(step, {"loss": jnp.float32(np.nan), "nonfinite_in_row": jnp.float32(step)}, element)
+        numbers = {"loss": jnp.float32(np.nan), "nonfinite_in_row": jnp.float32(step)}
+        monitor.after_step(step, numbers, _element([-1, -1]))
     with pytest.raises(RuntimeError, match=r"config\.run\.max_nonfinite_in_row=3"):
         monitor.close()
+    lines = _lines(tmp_path / "events.jsonl")
+    assert [(line["event"], line["in_row"]) for line in lines] == [("update skipped", n) for n in (1, 2, 3)]
+    assert lines[1]["samples"] == {"2": ["record 0", "record 1"]}
 
 
 def test_run_whose_numbers_are_not_finite_stops_and_keeps_its_checkpoint(straight, tmp_path, monkeypatch):
@@ -334,6 +362,76 @@ def test_run_whose_numbers_are_not_finite_stops_and_keeps_its_checkpoint(straigh
     restored = checkpoint.restore_params(tmp_path, shapes)
     assert restored.step == 5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.state))
+
+
+def _jumping(monkeypatch, bad_batches):
+    """The loss is 100 higher on these batches, counted as they come."""
+    seen = itertools.count(1)
+
+    class Jumping(monitor.Monitor):
+        def after_step(self, step, numbers, element):
+            jump = 100 if next(seen) in bad_batches else 0
+            super().after_step(step, {**numbers, "loss": numbers["loss"] + jump}, element)
+
+    monkeypatch.setattr(train, "Monitor", Jumping)
+    monkeypatch.setattr(watch, "_FEWEST", 4)
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _watching(**changes):
+    config = mono_config()
+    config.run.update(checkpoint_every_steps=2)
+    config.run.watch.update({"spike_in_row": 2, **changes})
+    return config
+
+
+def test_run_whose_loss_jumps_goes_back_and_past_the_data(straight, tmp_path, monkeypatch):
+    _jumping(monkeypatch, bad_batches=(7, 8))
+    state, order = _train(_watching(), tmp_path, monkeypatch)
+    assert int(state.step) == 10
+    # Steps 7 and 8 jump, told behind step 9; the run goes on behind step 6, with the data that follow those of step 9.
+    lines = metrics.read_json_lines(tmp_path / metrics.FILE_NAME)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert max(line["loss"] for line in lines) < 100
+    assert order[:9] == straight[2][:9]
+    assert len(order) == 9 + 4
+    assert not set(map(tuple, order[9:])) & set(map(tuple, order[:9]))
+    found = _lines(tmp_path / "events.jsonl")
+    assert [line["event"] for line in found] == ["loss spike", "went back"]
+    assert (found[0]["first_step"], found[0]["last_step"], found[1]["to_step"]) == (7, 8, 6)
+    assert sorted(found[0]["samples"]) == ["7", "8"]
+    assert all(len(names) == 8 and "scene" in names[0] for names in found[0]["samples"].values())
+    assert [path.name for path in (tmp_path / "rewound_checkpoints").iterdir() if path.name != "README"] == ["8"]
+
+
+def test_run_that_goes_on_jumping_stops_and_so_does_one_without_a_checkpoint_before(tmp_path, monkeypatch):
+    config = _watching(spike_rewinds=1)
+    _jumping(monkeypatch, bad_batches=range(7, 100))
+    with pytest.raises(RuntimeError, match=r"step 8: the loss is 1.* since step 7, once more \(config.run.watch"):
+        _train(config, tmp_path / "again", monkeypatch)
+    config.run.checkpoint_every_steps = 100
+    _jumping(monkeypatch, bad_batches=range(7, 100))
+    with pytest.raises(RuntimeError, match="there is no checkpoint before it to go back to"):
+        _train(config, tmp_path / "without", monkeypatch)
+
+
+def test_collapse_is_told_with_the_signal_and_stops_a_run_that_is_asked_to(tmp_path, monkeypatch):
+    """Forced: a teacher temperature of 100 leaves its targets uniform."""
+    config = mono_config()
+    config.objective.update(teacher_temperature=100.0, teacher_temperature_start=100.0)
+    config.optim.warmup_steps = 1
+    config.run.watch.update(collapse_in_row=3, collapse_stops=True)
+    with pytest.raises(
+        RuntimeError, match=r"step 3: collapse: .*target_entropy/\w+ is 3.1\d+, beyond .*nearly uniform"
+    ):
+        _train(config, tmp_path, monkeypatch)
+    found = _lines(tmp_path / "events.jsonl")
+    assert {line["event"] for line in found} == {"collapse"}
+    assert {line["step"] for line in found} == {3}
+    assert any(line["signal"].startswith("target_entropy/") for line in found)
 
 
 def test_command_of_a_dry_run_prints_and_writes_nothing(tmp_path):

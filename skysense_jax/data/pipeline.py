@@ -7,8 +7,12 @@ nothing here may import jax. Read before it: views.py (one element), records.py 
 """
 
 import itertools
+import multiprocessing
+import queue
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +31,9 @@ from skysense_jax.modalities import Modality, select
 SCENES = "scenes"  # the name of the procedural source
 _LOOKED_AT = 4  # records of each source that are read whole before a run
 MAX_TRIES = 16  # records tried in place of an unreadable one before the run stops
+MAX_RESTARTS = 3  # of worker processes in a run
+_TELL_EVERY_S = 60.0  # while a batch does not come
+_DIED = "Worker process was terminated unexpectedly"  # as Grain says
 
 _STATE_KEY = "next_index"
 FIRST_STATE = {_STATE_KEY: 0}  # of a stream that nothing was read from
@@ -143,6 +150,10 @@ class _BatchOrder:
         return self._elements[self._start + batch * self._batch_size + self._places[element]]
 
 
+class _WorkerDiedError(Exception):
+    """Worker processes of the input are gone."""
+
+
 def _leave_stopping_to_the_run(worker: int, num_workers: int) -> None:
     """Schedulers send "stop" to whole process groups; the run still needs this worker for the step it ends with.
 
@@ -164,16 +175,61 @@ class PipelineIterator:
         self._num_threads, self._num_workers = num_threads, num_workers
         self._next_index = 0
         self._running = None
+        self._restarts = 0
 
     def __iter__(self) -> "PipelineIterator":
         return self
 
     def __next__(self) -> dict[str, Any]:
-        if self._running is None:
-            self._running = self._start()
-        batch = next(self._running)
-        self._next_index += self._batch_size
-        return batch
+        while True:
+            if self._running is None:
+                self._running = self._start()
+            try:
+                batch = self._await_next()
+            except _WorkerDiedError as died:
+                if self._restarts == MAX_RESTARTS:
+                    raise RuntimeError(f"{died}, after {MAX_RESTARTS} restarts in this run: is there memory?") from died
+                self._restarts += 1
+                logging.error("%s: all are started again, with the batch that was waited for", died)
+                self._abandon()
+                continue
+            self._next_index += self._batch_size
+            return batch
+
+    def _await_next(self) -> dict[str, Any]:
+        """The next batch of what runs; says so while it does not come.
+
+        Raises:
+          _WorkerDiedError: a worker process is gone.
+        """
+        running, answer = self._running, queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answer.put((next(running), None))
+            except BaseException as error:  # raised below
+                answer.put((None, error))
+
+        threading.Thread(target=ask, daemon=True, name="next batch").start()
+        began = time.monotonic()
+        while True:
+            try:
+                batch, error = answer.get(timeout=_TELL_EVERY_S)
+            except queue.Empty:
+                waited = time.monotonic() - began
+                logging.warning("no batch for %.0f s: does the storage of the sources hang?", waited)
+                continue
+            if error is not None and _DIED in str(error):
+                raise _WorkerDiedError(f"input: {str(error).splitlines()[0]}") from error
+            if error is not None:
+                raise error
+            return batch
+
+    def _abandon(self) -> None:
+        """Ends the other worker processes, which would wait to be asked."""
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        self._running = None
 
     def get_state(self) -> dict[str, int]:
         """JSON-able: where the stream goes on after the last batch handed out, whatever was read ahead."""

@@ -8,20 +8,16 @@ window and only the drawn dates are decoded. Every block's CRC-32 is in the head
 Blocks: codecs.py. What is accepted: checks.py. Next: views.py, which cuts training views out of a ``SampleReader``.
 """
 
-import contextlib
 import dataclasses
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 import msgpack
 import numpy as np
 from array_record.python import array_record_module
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from skysense_jax import storage
 from skysense_jax.data import codecs
 from skysense_jax.data.checks import (
     FIRST_DAY,
@@ -39,6 +35,7 @@ from skysense_jax.data.checks import (
     wrapped,
 )
 from skysense_jax.data.sample import ORBITS, UNDATED, Sample, Series, Window
+from skysense_jax.data.shards import Shards
 from skysense_jax.modalities import OSM, Modality
 
 __all__ = ["Record", "RecordError", "RecordSource", "ShardWriter", "encode_sample", "validate_sample"]
@@ -374,22 +371,10 @@ class RecordSource:
     """
 
     def __init__(self, paths: str | Sequence[str | os.PathLike], modalities: Sequence[Modality]):
-        files = storage.matching(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
-        if not files:
-            raise ValueError(f"config.data.sources: empty dataset: no file matches {paths!r}")
-        with futures.ThreadPoolExecutor(min(64, len(files))) as pool:
-            counts = list(pool.map(_count_records, files))
-        if sum(counts) == 0:
-            raise ValueError(f"config.data.sources: empty dataset: the {len(files)} files of {paths!r} hold no record")
-        self._files = [file for file, count in zip(files, counts) if count]
-        self._ends = np.cumsum([count for count in counts if count])
-        self._source = ArrayRecordDataSource(
-            [f"{f}[0:{n}]" for f, n in zip(self._files, np.diff(self._ends, prepend=0))]
-        )
-        self._modalities = tuple(modalities)
+        self._shards, self._modalities = Shards(paths), tuple(modalities)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> Record:
         """The record at ``index``.
@@ -397,8 +382,7 @@ class RecordSource:
         Raises:
           RecordError: it cannot be read, or its header is wrong; names file and place.
         """
-        with wrapped(self.locate(index)):
-            payload = self._source[index]
+        payload = self._shards.payload(index)
         try:
             return Record(payload, self._modalities)
         except RecordError as error:
@@ -406,15 +390,4 @@ class RecordSource:
 
     def locate(self, index: int) -> str:
         """Which file and which record of it ``index`` is."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self._files[file]}, record {index - (self._ends[file - 1] if file else 0)}"
-
-
-def _count_records(file: str) -> int:
-    if os.path.isdir(file):
-        raise ValueError(f"config.data.sources: {file} is a folder; wanted a glob of files: {file}/*.array_record")
-    try:
-        with contextlib.closing(array_record_module.ArrayRecordReader(file)) as reader:
-            return reader.num_records()
-    except Exception as error:
-        raise ValueError(f"config.data.sources: {file} is no whole ArrayRecord file: {error}") from error
+        return self._shards.locate(index)

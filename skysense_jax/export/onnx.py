@@ -26,7 +26,7 @@ try:
     from torch import nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as error:  # a user's environment, so one line
-    sys.exit(f'error: {error}; pip install "skysense-jax[onnx]" torch safetensors')
+    sys.exit(f'error: {error}; pip install --editable ".[onnx]" torch safetensors')
 
 TOLERANCE = 1e-4  # largest difference from PyTorch, in standard deviations of a stage's features
 CHECKED_BATCHES = (1, 3)

@@ -159,7 +159,7 @@ def make_mesh(target: Target, sizes: dict[str, int]) -> Mesh:
     """
     wanted, extra = ("libtpu", "plan-tpu") if target.chip.platform == "tpu" else ("jax_cuda13_plugin", "plan-gpu")
     if importlib.util.find_spec(wanted) is None:
-        raise ValueError(f"--target={target.chip.name}: no compiler for it: pip install 'skysense-jax[{extra}]'")
+        raise ValueError(f"--target={target.chip.name}: no compiler for it: pip install --editable '.[{extra}]'")
     if target.chip.platform == "tpu":
         for name, value in _TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)

@@ -53,7 +53,7 @@ def _steps(run):
 
 def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run, tmp_path, monkeypatch):
     config = get_config()
-    config.run.update(checkpoint_every_steps=2, keep_last=1, tensorboard=True)
+    config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True)
     monkeypatch.setattr(train, "assemble", assembled_once)
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_pictures", lambda *args: None)
@@ -81,7 +81,7 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     losses = [[(line["step"], line["loss"]) for line in of_run] for of_run in lines]
     assert losses[0] == losses[1]
     assert _steps(run) == [1, 2, 3, 4]
-    assert _names(run / "checkpoints") == ["4"]
+    assert _names(run / "checkpoints") == ["2", "4"]
     assert {"views.png", "curves.png"} <= set(_names(run / "pictures"))
     assert len(_names(run / "tensorboard")) == 2  # a file a start
     assert (run / "config.txt").read_text() == (tmp_path / "straight" / "config.txt").read_text()
@@ -234,7 +234,7 @@ def test_missing_client_is_told_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     told = storage.problem("gs://bucket/run")
     assert "gcsfs" in told
-    assert "pip install 'skysense-jax[gcs]'" in told
+    assert "pip install --editable '.[gcs]'" in told
 
 
 def test_missing_credentials_are_told_at_once(emulator, monkeypatch, tmp_path):

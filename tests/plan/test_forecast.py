@@ -143,7 +143,7 @@ def test_step_that_does_not_fit_is_refused_after_the_table(planned, monkeypatch,
 
 def test_missing_compiler_names_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--target=v5e: no compiler for it: pip install 'skysense-jax\[plan-tpu\]'"):
+    with pytest.raises(ValueError, match=r"--target=v5e: no compiler for it: pip install --editable '.\[plan-tpu\]'"):
         forecast.make_mesh(targets.parse("v5e:4"), dict(data=1, fsdp=4, tensor=1, expert=1))
 
 
