@@ -89,10 +89,10 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
     Raises:
       RuntimeError: the run ended by itself with something else than success.
     """
-    rng, rows, done = random.Random(seed), [], 0
+    rng, rows = random.Random(seed), []
     while True:
         running = start(config, workdir, processes=processes, steps=steps)
-        left = kills - done
+        left = kills - len(rows)
         if left > 0 and rng.random() < 0.75:
             _until_steps(running, workdir, reached(workdir)[1] + rng.randint(1, 2 * _EVERY), rng.uniform(0.0, 1.0))
             statuses = wait(running, 0.0)
@@ -108,8 +108,8 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
             for step in saved[1:]:
                 shutil.rmtree(workdir / "checkpoints" / str(step))
             continue
-        victim, kind = rng.choice(running), (signal.SIGKILL, signal.SIGTERM)[done % 2]
-        step, saved = reached(workdir)
+        victim, kind = rng.choice(running), (signal.SIGKILL, signal.SIGTERM)[len(rows) % 2]
+        step, _ = reached(workdir)
         victim.send_signal(kind)
         told = time.monotonic()
         statuses = wait(running, _LONGEST_S if kind == signal.SIGTERM else 12 * _HEARTBEAT_S)
@@ -121,11 +121,8 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
                 process.wait()
         allowed = {0, EXIT_AGAIN, -kind} | ({1, -signal.SIGABRT} if processes > 1 else set())
         unexpected = [status for status in statuses if status is not None and status not in allowed]
-        rows.append(
-            dict(kind=kind.name, at_step=step, saved=saved, again=max(step - reached(workdir)[1], 0), ends_s=took)
-        )
-        rows[-1] |= dict(hung=hung, unexpected=unexpected)
-        done += 1
+        again = max(step - reached(workdir)[1], 0)
+        rows.append(dict(kind=kind.name, at_step=step, again=again, ends_s=took, hung=hung, unexpected=unexpected))
 
 
 def last_state(workdir: pathlib.Path) -> dict[str, object]:

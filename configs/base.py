@@ -43,7 +43,7 @@ def _run() -> dict:
             spike_deviations=8.0,  # of the loss above its median that are a jump (watch.LossSpikes); 0: none is
             spike_window=200,  # losses before that say what is usual
             spike_in_row=5,  # steps in a row that make a jump
-            spike_rewinds=3,  # times a run goes back to the checkpoint before and skips the data since; then it stops
+            spike_rewinds=3,  # times since its start that a run goes back, past the data since; then it stops
             collapse_in_row=200,  # steps beyond a limit of watch.Collapses, after the warm-up; 0: not looked for
             collapse_stops=False,  # else it is told only
         ),

@@ -2,8 +2,9 @@
 
 Orbax writes and reads the arrays, but does not notice a flipped byte (30 of 30 trials restored wrong numbers), so a
 digest of every array is saved beside them and checked after a restore, and a manifest of all files is the last that is
-written: without it a checkpoint does not count. One that cannot be read or does not verify is reported, set aside, and
-the one before it is used (restore.py). What a state consists of: train_state.py. Next: digests.py, manifest.py.
+written: the newest without it was killed before its end and does not count. One that cannot be read or does not verify
+is reported, set aside, and the one before it is used (restore.py). What a state consists of: train_state.py. Next:
+digests.py, manifest.py.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -39,6 +41,7 @@ _MARKER = "commit_success.txt"  # Orbax's last file
 _LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
 _ASIDE = {
     "damaged": "Checkpoints that did not verify.\n",
+    "unfinished": "Checkpoints that the run was killed in.\n",
     "rewound": "Checkpoints of steps that were taken back: the loss had jumped.\n",
 }
 
@@ -54,8 +57,10 @@ class _Sealing:
 
     def _run(self) -> None:
         try:
+            # A bucket is asked less often than a file system.
+            every_s = _LOOK_EVERY_S * (10 if storage.in_bucket(self._directory) else 1)
             while not (self._directory / _MARKER).exists():
-                if self._given_up.wait(_LOOK_EVERY_S):
+                if self._given_up.wait(every_s):
                     return
             self._written.set()
             manifest.write(self._directory)
@@ -153,13 +158,14 @@ class Checkpoints:
         ``abstract_state``: shapes with shardings; the mesh may be another than the one that saved. ``check_meta`` sees
         the saved ``meta`` first and may raise: a changed config is better told by its fields than by its arrays.
         Damaged checkpoints newer than the restored one are moved to WORKDIR/damaged_checkpoints, so that their steps
-        can be saved again.
+        can be saved again, one that was not written to its end to WORKDIR/unfinished_checkpoints.
 
         Raises:
           ValueError: the checkpoint is of another model.
           RuntimeError: there are checkpoints, and none verifies.
         """
         self.wait()
+        self._set_unfinished_aside()
         restored, damaged = restore_newest(self._manager, self.steps(), abstract_state, check_meta=check_meta)
         self._set_aside(damaged, "damaged")
         return restored
@@ -179,6 +185,14 @@ class Checkpoints:
             self._set_aside(damaged, "damaged")
             self._set_aside([saved for saved in self.steps() if saved >= step], "rewound")
         return restored
+
+    def _set_unfinished_aside(self) -> None:
+        """Of a run that was killed between Orbax's last file and the manifest: no damage, and perhaps all there is."""
+        newest = self.steps()[-1:]
+        unsealed = any(not manifest.is_there(self._workdir / "checkpoints" / str(step)) for step in newest)
+        if multihost_utils.broadcast_one_to_all(np.asarray(unsealed)):
+            logging.error("the checkpoint of step %d was not written to its end", *newest)
+            self._set_aside(newest, "unfinished")
 
     def _set_aside(self, steps: Sequence[int], why: str) -> None:
         if not steps:

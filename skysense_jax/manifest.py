@@ -30,13 +30,18 @@ def write(directory: epath.Path) -> None:
     unnamed.replace(directory / NAME)
 
 
+def is_there(directory: epath.Path) -> bool:
+    """Whether what is under ``directory`` was written to its end."""
+    return (directory / NAME).exists()
+
+
 def problem(directory: epath.Path) -> str:
     """What of a checkpoint is not as it was written, nothing if all is; reads every byte of it.
 
     Raises:
       OSError: of files that are there but may not be read, or whatever a bucket's client raises.
     """
-    if not (directory / NAME).exists():
+    if not is_there(directory):
         return f"there is no {NAME}: it was not written to its end"
     try:
         written = json.loads((directory / NAME).read_text())

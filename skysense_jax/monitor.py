@@ -19,7 +19,7 @@ from absl import logging
 from skysense_jax import measure, metrics, watch
 from skysense_jax.data.pipeline import Pipeline
 
-EVENTS, QUARANTINE = "events", "quarantine"
+_EVENTS, _QUARANTINE = "events", "quarantine"
 _REMEMBERED = 64  # steps whose samples can be named
 
 
@@ -30,13 +30,22 @@ class Journal:
     """
 
     def __init__(self, directory: pathlib.Path, name: str):
-        process = jax.process_index()
-        self._path = directory / (f"{name}.{process}.jsonl" if process else f"{name}.jsonl")
+        self._path = directory / _file(name)
 
     def write(self, step: int, **facts: Any) -> None:
         """Adds a line with "step", "time" (seconds since 1970) and the facts, which JSON must be able to hold."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **facts}) + "\n")
+
+
+def _file(name: str) -> str:
+    process = jax.process_index()
+    return f"{name}.{process}.jsonl" if process else f"{name}.jsonl"
+
+
+def continued() -> tuple[str, ...]:
+    """Files of this process that a run which goes on adds to."""
+    return _file(_EVENTS), _file(_QUARANTINE)
 
 
 class WentWrong(Exception):
@@ -87,7 +96,7 @@ class Monitor:
         self._spikes, self._collapses = spikes, collapses
         self._notes: tuple[int, dict[str, float]] = (0, {})
         self._pipeline, self._writers = pipeline, writers
-        self._events, self._quarantine = Journal(directory, EVENTS), Journal(directory, QUARANTINE)
+        self._events, self._quarantine = Journal(directory, _EVENTS), Journal(directory, _QUARANTINE)
         self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(num_steps)
         self._records = self._bad_records = 0
         self._named: set[int] = set()
@@ -117,12 +126,11 @@ class Monitor:
 
     def catch_up(self, step: int) -> None:
         """Writes the numbers up to ``step``, the newest, and waits for it; times begin anew behind the next."""
-        for ready in self._buffer.flush():
-            self._write(*ready)
+        self._write_all()
         self.clock.restart(step + 1)
 
     def go_back(self, step: int, wrong: WentWrong, open_writers: Callable[..., metrics.Writers]) -> None:
-        """The run has gone back to ``step``: numbers of later ones are dropped, what they taught too."""
+        """The run has gone back to ``step``: numbers of later ones are dropped, their events stay."""
         spike = wrong.spike
         told = f"{wrong}: back to step {step}, past the data of the steps since"
         logging.error("%s; the samples of steps %d to %d are in events.jsonl", told, spike.first_step, spike.last_step)
@@ -138,9 +146,12 @@ class Monitor:
 
     def close(self) -> None:
         """Writes what is left."""
+        self._write_all()
+        self._progress.close()
+
+    def _write_all(self) -> None:
         for ready in self._buffer.flush():
             self._write(*ready)
-        self._progress.close()
 
     def samples(self, first_step: int, last_step: int) -> dict[str, list[str]]:
         """Step to the names of the samples that this process gave it, as far as it remembers."""

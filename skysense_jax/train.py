@@ -30,7 +30,7 @@ from skysense_jax.launch import facts
 from skysense_jax.launch.roll_call import StartError
 from skysense_jax.launch.start import started
 from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
-from skysense_jax.monitor import Limits, Monitor, WentWrong
+from skysense_jax.monitor import Limits, Monitor, WentWrong, continued
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
@@ -78,6 +78,34 @@ def _check_same_run(meta: dict[str, Any], now: dict[str, Any], config: ConfigDic
         if "data" not in accepted:
             raise ValueError(f"{told}: another order of samples. Bring them back, or say --accept=data to go on")
         logging.warning("%s; going on with --accept=data", told)
+
+
+def _start(
+    config: ConfigDict,
+    checkpoints: checkpoint.Checkpoints,
+    abstract: TrainState,
+    source: pipeline_lib.PipelineIterator,
+    new: Callable[[], TrainState],
+    facts_now: dict[str, Any],
+) -> tuple[int, TrainState]:
+    """Step and state that the run starts from: of the newest checkpoint that verifies, with ``source`` at its place in
+    the data, or ``new``."""
+    accepted = _ACCEPT.value if flags.FLAGS.is_parsed() else ()
+    same = functools.partial(_check_same_run, now=facts_now, config=config, accepted=accepted)
+    restored = checkpoints.restore_latest(abstract, check_meta=same)
+    num_steps = config.optim.num_steps
+    if restored is None:
+        start, state = 0, new()
+    else:
+        start, state = restored.step, restored.state
+        source.set_state(restored.data_state)
+    come_from = "a new state" if restored is None else "the newest checkpoint that verifies"
+    logging.info("starting at step %d of %d, from %s", start, num_steps, come_from)
+    if start < num_steps:
+        logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
+    else:
+        logging.info("no step is left: pictures and probe only; raise config.optim.num_steps to go on")
+    return start, state
 
 
 class _Course:
@@ -132,27 +160,15 @@ def train(
             keep_every_steps=config.run.keep_every_steps,
         )
         stack.callback(checkpoints.close)
-        meta, abstract = _facts(config), abstract_state(boxed, mesh)
-        same = functools.partial(_check_same_run, now=meta, config=config, accepted=_accepted())
-        restored = checkpoints.restore_latest(abstract, check_meta=same)
-        source = iter(pipeline)
+        meta, abstract, source = _facts(config), abstract_state(boxed, mesh), iter(pipeline)
         stack.callback(source.close)
-        if restored is None:
-            start, state = 0, create_state(run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
-        else:
-            start, state = restored.step, restored.state
-            source.set_state(restored.data_state)
-        come_from = "a new state" if restored is None else f"the newest checkpoint that verifies in {workdir}"
-        logging.info("starting at step %d of %d, from %s", start, config.optim.num_steps, come_from)
-        if start < config.optim.num_steps:
-            logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
-        else:
-            logging.info("no step is left: pictures and probe only; raise config.optim.num_steps to go on")
+        new = functools.partial(create_state, run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh)
+        start, state = _start(config, checkpoints, abstract, source, new, meta)
 
         # ---- outputs
         settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
         first = jax.process_index() == 0
-        files = storage.SmallFiles(workdir, fetch=metrics.CONTINUED if first else ())
+        files = storage.SmallFiles(workdir, fetch=(*continued(), *(metrics.CONTINUED if first else ())))
         stack.callback(files.close)
         open_writers = functools.partial(
             metrics.open_writers,
@@ -209,16 +225,10 @@ def train(
             every = config.run.pictures_every_steps
             if every and step % every == 0 and step < last_step:
                 write_pictures(config, run, pipeline, course.state.teacher, element, files.path)
-        monitor.close()
-        state = course.state
 
-        write_pictures(config, run, pipeline, state.teacher, element or next(source), files.path)
-        write_probe(config, run, state, mesh, files.path)
-    return state
-
-
-def _accepted() -> Sequence[str]:
-    return _ACCEPT.value if flags.FLAGS.is_parsed() else ()
+        write_pictures(config, run, pipeline, course.state.teacher, element or next(source), files.path)
+        write_probe(config, run, course.state, mesh, files.path)
+    return course.state
 
 
 def _monitor(

@@ -275,12 +275,29 @@ def test_restore_all_damaged_is_an_error_that_names_each_and_moves_nothing(tmp_p
     checkpoints.close()
 
 
-def test_restore_checkpoint_that_was_not_sealed_does_not_count(tmp_path, errors):
+def test_restore_newest_that_was_not_sealed_does_not_count_and_a_run_killed_in_its_first_begins_anew(tmp_path, errors):
+    """Killed between Orbax's last file and the manifest."""
     saved_run(tmp_path).close()
-    (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()  # killed between Orbax's last file and ours
+    (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()
     checkpoints = open_run(tmp_path)
     assert checkpoints.restore_latest(placed(make_state(), (1, 1))).step == 1
-    assert "there is no MANIFEST.json: it was not written to its end" in errors[0]
+    assert "the checkpoint of step 2 was not written to its end" in errors[0]
+    assert (tmp_path / "unfinished_checkpoints" / "2" / "state").exists()
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "1" / manifest.NAME).unlink()
+    checkpoints = open_run(tmp_path)
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))) is None
+    assert save(checkpoints, 1, put(make_state(1), (1, 1)))
+    checkpoints.close()
+
+
+def test_restore_older_without_a_manifest_is_damaged(tmp_path, errors):
+    saved_run(tmp_path).close()
+    (tmp_path / "checkpoints" / "1" / manifest.NAME).unlink()
+    damage(tmp_path / "checkpoints" / "2")
+    checkpoints = open_run(tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)step 2: state/.* is changed.*step 1: there is no MANIFEST.json"):
+        checkpoints.restore_latest(placed(make_state(), (1, 1)))
     checkpoints.close()
 
 

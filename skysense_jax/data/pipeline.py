@@ -7,7 +7,6 @@ nothing here may import jax. Read before it: views.py (one element), records.py 
 """
 
 import itertools
-import multiprocessing
 import queue
 import signal
 import sys
@@ -191,7 +190,7 @@ class PipelineIterator:
                     raise RuntimeError(f"{died}, after {MAX_RESTARTS} restarts in this run: is there memory?") from died
                 self._restarts += 1
                 logging.error("%s: all are started again, with the batch that was waited for", died)
-                self._abandon()
+                self.close()
                 continue
             self._next_index += self._batch_size
             return batch
@@ -224,12 +223,6 @@ class PipelineIterator:
             if error is not None:
                 raise error
             return batch
-
-    def _abandon(self) -> None:
-        """Ends the other worker processes, which would wait to be asked."""
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        self._running = None
 
     def get_state(self) -> dict[str, int]:
         """JSON-able: where the stream goes on after the last batch handed out, whatever was read ahead."""

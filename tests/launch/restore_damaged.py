@@ -1,5 +1,5 @@
-"""As one process of two: saves steps 1 and 2; the arrays that process 1 wrote of step 2 are damaged, and it alone reads
-them. Prints the step that is restored.
+"""As one process of two: saves steps 1 and 2; the arrays that process 1 wrote of step 2 are damaged, as if before their
+files were hashed, and it alone reads them. Prints the step that is restored.
 
 ``python restore_damaged.py DIR --coordinator=... --num_processes=... --process_id=...``
 """
@@ -9,9 +9,11 @@ import sys
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from skysense_jax import checkpoint, sharding
+from skysense_jax import checkpoint, manifest, sharding
 
 SHAPE = (8, 2**14)
 
@@ -32,10 +34,14 @@ for step in (1, 2):
     state = {"weight": jax.make_array_from_callback(SHAPE, placed, lambda index, values=values: values[index])}
     checkpoints.save(step, state, data_state={"next_index": step}, meta={})
 checkpoints.close()
+multihost_utils.sync_global_devices("saved")  # the manifest too, by process 0
 
 if jax.process_index() == 1:
-    for path in (workdir / "checkpoints" / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
+    newest = workdir / "checkpoints" / "2"
+    for path in (newest / "state" / "ocdbt.process_1" / "d").iterdir():
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    manifest.write(epath.Path(newest))
+multihost_utils.sync_global_devices("damaged")
 checkpoints = opened()
 restored = checkpoints.restore_latest({"weight": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=placed)})
 print(f"RESTORED {restored.step} {restored.state['weight'].addressable_data(0).min():.0f}", flush=True)

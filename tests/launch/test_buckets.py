@@ -40,6 +40,12 @@ class _StopBehind(Stop):
         return step == self._step
 
 
+class _Telling(train.Monitor):
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.event(0, "began")
+
+
 def _names(run):
     return sorted(path.name for path in run.iterdir())
 
@@ -55,13 +61,14 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     config = get_config()
     config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True)
     monkeypatch.setattr(train, "assemble", assembled_once)
+    monkeypatch.setattr(train, "Monitor", _Telling)
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_pictures", lambda *args: None)
         straight = jax.device_get(train.train(config, tmp_path / "straight"))
         with pytest.raises(Stopped):
             train.train(config, run, stop=_StopBehind(1))
     assert _names(run / "checkpoints") == ["1"]
-    assert _names(run) == ["checkpoints", "config.txt", "metrics.jsonl", "tensorboard"]
+    assert _names(run) == ["checkpoints", "config.txt", "events.jsonl", "metrics.jsonl", "tensorboard"]
 
     # what a kill right behind a checkpoint would leave
     numbers, save = {}, checkpoint.Checkpoints.save
@@ -81,6 +88,7 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     losses = [[(line["step"], line["loss"]) for line in of_run] for of_run in lines]
     assert losses[0] == losses[1]
     assert _steps(run) == [1, 2, 3, 4]
+    assert len(metrics.read_json_lines(run / "events.jsonl")) == 2  # of both starts
     assert _names(run / "checkpoints") == ["2", "4"]
     assert {"views.png", "curves.png"} <= set(_names(run / "pictures"))
     assert len(_names(run / "tensorboard")) == 2  # a file a start
