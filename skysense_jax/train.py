@@ -69,10 +69,11 @@ def _check_same_run(meta: dict[str, Any], now: dict[str, Any], config: ConfigDic
         )
     for change in changes.allowed:
         logging.warning("going on with another value than before: %s", change)
-    if meta["code"] != now["code"]:
-        logging.warning("going on with other code than before: %s -> %s", meta["code"], now["code"])
+    code = meta.get("code", now["code"])  # a checkpoint of export.from_torch has a config only
+    if code != now["code"]:
+        logging.warning("going on with other code than before: %s -> %s", code, now["code"])
     for name, digest in now["data"].items():
-        if meta["data"].get(name, digest) == digest:
+        if meta.get("data", {}).get(name, digest) == digest:
             continue
         told = f"config.data.sources: the files of {name!r} are not those that the run in --workdir was trained on"
         if "data" not in accepted:

@@ -105,7 +105,7 @@ def damage(directory: pathlib.Path):
 @pytest.fixture
 def errors(monkeypatch):
     told = []
-    monkeypatch.setattr(logging, "error", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(logging, "error", lambda text, *args, **kwargs: told.append(text % args))
     return told
 
 

@@ -157,5 +157,5 @@ def test_missing_package_names_the_extra():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: ")
-    assert 'pip install "skysense-jax[onnx]"' in ran.stderr
+    assert 'pip install --editable ".[onnx]"' in ran.stderr
     assert ran.stderr.count("\n") == 1

@@ -135,7 +135,7 @@ def test_small_files_that_changed_are_copied_and_kept_if_they_cannot_be(run, mon
 @pytest.fixture
 def errors(monkeypatch):
     told = []
-    monkeypatch.setattr(logging, "error", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(logging, "error", lambda text, *args, **kwargs: told.append(text % args))
     return told
 
 
