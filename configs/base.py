@@ -36,7 +36,10 @@ def _run() -> dict:
         checkpoint_every_steps=1000,  # saved this often, and at the end
         keep_last=3,  # newest checkpoints kept
         keep_every_steps=20_000,  # and every multiple of this for ever
+        keep_every_hours=0.0,  # and for ever the first, and each that is so long after the one before; 0: none
+        keep_best=False,  # and the one with the best probe (eval.probe_every_steps)
         pictures_every_steps=5000,  # 0: only at the end
+        norms_every_steps=0,  # norms.jsonl: each term's gradient by layer; costs a backward pass a term; 0: never
         max_nonfinite_in_row=20,  # skipped updates in a row that stop the run
         max_bad_record_share=0.01,  # unreadable records, as a share of those read, that stop the run (from 100 on)
         watch=dict(  # what is looked for in the numbers of every step [D]
@@ -176,6 +179,7 @@ def _optim() -> dict:
 def _eval() -> dict:
     """The probe that closes a run; never feeds back into training."""
     return dict(
+        probe_every_steps=0,  # the teacher is also probed this often, where a checkpoint is made; 0: only at the end
         num_train_scenes=48,  # fitted on
         num_test_scenes=24,  # scored, the scenes after them; 0: no probe
         probe_untrained=False,  # also the network as it was at the start: room for a second state

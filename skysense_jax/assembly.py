@@ -4,6 +4,7 @@ Nothing is allocated here. Next: train.py, export/from_torch.py.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import config_checks, cost, dry_run, modalities, optim, train_step
+from skysense_jax import config_layout, cost, dry_run, modalities, norms, optim, train_step
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data.text import load_text_table
@@ -32,6 +33,7 @@ class Run:
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
       step: (state, batch) -> (state, metrics), not yet jitted.
+      norms: (boxed parameters, state, batch) -> norms by layer (norms.py), not yet jitted.
     """
 
     modalities: tuple[modalities.Modality, ...]
@@ -39,6 +41,7 @@ class Run:
     optimizer: Any
     schedules: train_step.Schedules
     step: Any
+    norms: Any
 
 
 def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any
         wanted = " or ".join(repr(name) for name in has)
         raise ValueError(f"config.efficiency.attention: got {asked!r} on {platform}; wanted {wanted} there")
     if asked == "auto":
-        problems = list(config_checks.cudnn_problems(config)) if has_cudnn else []
+        problems = list(config_layout.cudnn_problems(config)) if has_cudnn else []
         asked = "mosaic" if platform == "tpu" else "cudnn" if has_cudnn and not problems else "xla"
         if problems:
             logging.info("attention 'xla' and not cuDNN's: %s", "; ".join(problems))
@@ -108,10 +111,9 @@ def assemble(
     text_table = None
     if objective.weights.text_alignment > 0:
         text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
-    step = train_step.make_train_step(
+    sides = train_step.Sides(
         network,
-        optimizer,
-        modalities=rows,
+        rows,
         objective=train_step.Objective(
             weights=dict(objective.weights),
             mgcl=dict(objective.mgcl),
@@ -125,7 +127,8 @@ def assemble(
         photometric_strength=config.data.photometric_strength,
         microbatches=config.parts.microbatches,
     )
-    return Run(rows, network, optimizer, schedules, step)
+    step = train_step.make_train_step(sides, optimizer)
+    return Run(rows, network, optimizer, schedules, step, functools.partial(norms.gradient_norms, sides))
 
 
 def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:

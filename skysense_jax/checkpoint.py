@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from skysense_jax.restore import (
 )
 from skysense_jax.trees import named_leaves
 
+_SCORE = "score"  # its name in the notes
 _MARKER = "commit_success.txt"  # Orbax's last file
 _LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
 _ASIDE = {
@@ -85,26 +86,64 @@ class _Sealing:
             raise self._error
 
 
+class _Best:
+    """Preserves, as Orbax asks it, the checkpoint with the highest score, the newest of equals."""
+
+    def __init__(self, scores: Mapping[int, float]):
+        self._scores = scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        scored = [(self._scores[saved.step], saved.step) for saved in checkpoints if saved.step in self._scores]
+        return [bool(scored) and saved.step == max(scored)[1] for saved in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run, under WORKDIR/checkpoints.
 
-    Kept: the newest ``keep_last``, and for ever those whose step is a multiple of ``keep_every_steps``.
+    Kept: the newest ``keep_last``; for ever those whose step is a multiple of ``keep_every_steps``, and, if
+    ``keep_every_hours`` is not 0, the first and each that was saved so long after the one kept before; with
+    ``keep_best`` the one that was saved with the highest score.
     """
 
-    def __init__(self, workdir: Any, *, every_steps: int, keep_last: int, keep_every_steps: int):
+    def __init__(
+        self,
+        workdir: Any,
+        *,
+        every_steps: int,
+        keep_last: int,
+        keep_every_steps: int,
+        keep_every_hours: float = 0.0,
+        keep_best: bool = False,
+    ):
         self._workdir = epath.Path(workdir)
         self._sealing: _Sealing | None = None
+        self._scores: dict[int, float] = {}
         policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep_last), policies.EveryNSteps(keep_every_steps)]
+        if keep_every_hours:
+            kept.append(policies.EveryNSeconds(round(3600 * keep_every_hours)))
+        if keep_best:
+            kept.append(_Best(self._scores))
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=policies.FixedIntervalPolicy(every_steps),
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep_last), policies.EveryNSteps(keep_every_steps)]
-                ),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             ),
         )
+        if keep_best:
+            self._scores.update(self._saved_scores())
+
+    def _saved_scores(self) -> dict[int, float]:
+        """Of checkpoints of before; what cannot be read has none."""
+        scores = {}
+        for step in self.steps():
+            with contextlib.suppress(DamagedError):
+                score = read_notes(self._manager, step)["meta"]["run"].get(_SCORE)
+                scores |= {} if score is None else {step: score}
+        return scores
 
     def maybe_save(
         self,
@@ -113,6 +152,7 @@ class Checkpoints:
         *,
         data_state: dict[str, Any],
         meta: dict[str, Any],
+        score: float | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> bool:
         """Whether ``state`` is being saved: every ``every_steps``.
@@ -122,19 +162,24 @@ class Checkpoints:
         if not self._manager.should_save(step):
             return False
         before()
-        return self.save(step, state, data_state=data_state, meta=meta)
+        return self.save(step, state, data_state=data_state, meta=meta, score=score)
 
-    def save(self, step: int, state: Any, *, data_state: dict[str, Any], meta: dict[str, Any]) -> bool:
+    def save(
+        self, step: int, state: Any, *, data_state: dict[str, Any], meta: dict[str, Any], score: float | None = None
+    ) -> bool:
         """Whether ``state`` is being saved: False if this step was saved before.
 
-        ``data_state`` and ``meta`` are what JSON can hold. Returns when the arrays are copied, so that the next step
-        may overwrite (donate) them; ``wait`` for the files.
+        ``data_state`` and ``meta`` are what JSON can hold; ``score`` is what the best is told by. Returns when the
+        arrays are copied, so that the next step may overwrite (donate) them; ``wait`` for the files.
         """
         if step in self._manager.all_steps():
             return False
         if json.loads(json.dumps(data_state)) != data_state:
             raise ValueError(f"data_state {data_state!r} does not survive JSON; wanted dicts with string keys, lists")
         self.wait()
+        if score is not None:
+            meta = {**meta, _SCORE: score}
+            self._scores[step] = score
         digests = tree_digests(state)
         leaves = {path: [shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
         saving = self._manager.save(

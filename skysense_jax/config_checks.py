@@ -100,7 +100,10 @@ _RULES: Mapping[str, _Rule] = {
     "run.checkpoint_every_steps": _whole(1),
     "run.keep_last": _whole(2),  # the older goes before the newer has its manifest
     "run.keep_every_steps": _whole(1),
+    "run.keep_every_hours": _NOT_NEGATIVE,
+    "run.keep_best": _SWITCH,
     "run.pictures_every_steps": _whole(0),
+    "run.norms_every_steps": _whole(0),
     "run.max_nonfinite_in_row": _whole(1),
     "run.max_bad_record_share": _share(),
     "run.watch.spike_deviations": _NOT_NEGATIVE,
@@ -170,6 +173,7 @@ _RULES: Mapping[str, _Rule] = {
     "optim.beta2": _share(below_one=True),
     "optim.clip_norm": _POSITIVE,
     "optim.ema_momentum": _share(),
+    "eval.probe_every_steps": _whole(0),
     "eval.first_index": _whole(0),
     "eval.probe_untrained": _SWITCH,
     "eval.num_train_scenes": _whole(0),
@@ -243,7 +247,14 @@ def validate(config: ConfigDict, *, num_devices: int | None = None) -> None:
             if not (rule := rule_for(field)).accepts(value)
         ]
     if not problems:
-        checks = (_data_problems, _view_problems, _model_problems, _objective_problems, _optim_problems)
+        checks = (
+            _data_problems,
+            _view_problems,
+            _model_problems,
+            _objective_problems,
+            _optim_problems,
+            _eval_problems,
+        )
         problems = [problem for check in checks for problem in check(config)]
         problems += layout_problems(config, num_devices)
     if problems:
@@ -340,37 +351,10 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.model.backbone.experts_per_token: got {backbone.experts_per_token}; wanted at most num_experts, "
             f"{backbone.num_experts}"
         )
-    if config.efficiency.attention in ("cudnn", "cudnn+triton"):
-        yield from cudnn_problems(config)
     if backbone.head_width % 4:
         yield (
             f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "
             "embedding turns pairs of channels along two axes"
-        )
-
-
-def cudnn_problems(config: ConfigDict) -> Iterator[str]:
-    """What cuDNN's fused attention with a mask asks for and this config has not: bf16, heads of 8, 16, ... 128,
-    sequences of even length."""
-    if config.model.compute_dtype != "bfloat16":
-        yield (
-            f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
-            "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
-        )
-    why = "with config.efficiency.attention 'cudnn', which trains on sequences of even length only"
-    for name in ("backbone", "fusion"):
-        if (width := config.model[name].head_width) % 8 or width > 128:
-            yield f"config.model.{name}.head_width: got {width}; wanted 8, 16, ... 128 with attention 'cudnn'"
-    for field in ("global_cells", "local_cells"):
-        if config.data.views[field] % 2:
-            yield f"config.data.views.{field}: got {config.data.views[field]}; wanted an even number {why}"
-    if config.model.backbone.num_prompts % 2:
-        yield f"config.model.backbone.num_prompts: got {config.model.backbone.num_prompts}; wanted an even number {why}"
-    dates = sum(config.data.num_dates[name] for name in config.data.modalities if name in config.data.num_dates)
-    if dates % 2 == 0:
-        yield (
-            f"config.data.num_dates: got {dates} over config.data.modalities; wanted an odd number, which fusion's "
-            f"class token makes even, {why}"
         )
 
 
@@ -399,6 +383,20 @@ def _optim_problems(config: ConfigDict) -> Iterator[str]:
         yield (
             f"config.optim.final_learning_rate: got {optim.final_learning_rate}; wanted at most learning_rate, "
             f"{optim.learning_rate}"
+        )
+
+
+def _eval_problems(config: ConfigDict) -> Iterator[str]:
+    probed, saved = config.eval.probe_every_steps, config.run.checkpoint_every_steps
+    if probed % saved:
+        yield (
+            f"config.eval.probe_every_steps: got {probed}; wanted a multiple of config.run.checkpoint_every_steps, "
+            f"{saved}, so that what is probed is saved"
+        )
+    if config.run.keep_best and not (probed and config.eval.num_test_scenes):
+        yield (
+            f"config.run.keep_best: got True with config.eval.probe_every_steps {probed} and num_test_scenes "
+            f"{config.eval.num_test_scenes}; wanted both above 0: the best is told by a probe"
         )
     if config.eval.num_test_scenes and not config.eval.num_train_scenes:
         yield (

@@ -1,4 +1,4 @@
-"""How a batch, its parts and the experts lie on the devices of a mesh: what ``config_checks.validate`` says of that."""
+"""How a run lies on devices, batch, parts, experts, attention: what ``config_checks.validate`` says of that."""
 
 import math
 from collections.abc import Iterator
@@ -43,4 +43,31 @@ def layout_problems(config: ConfigDict, num_devices: int | None) -> Iterator[str
             f"config.parts.microbatches: got {microbatches} with config.objective.weights.koleo "
             f"{config.objective.weights.koleo}; wanted 1, because KoLeo compares all samples of the batch with each "
             "other, or koleo 0"
+        )
+    if config.efficiency.attention in ("cudnn", "cudnn+triton"):
+        yield from cudnn_problems(config)
+
+
+def cudnn_problems(config: ConfigDict) -> Iterator[str]:
+    """What cuDNN's fused attention with a mask asks for and this config has not: bf16, heads of 8, 16, ... 128,
+    sequences of even length."""
+    if config.model.compute_dtype != "bfloat16":
+        yield (
+            f"config.efficiency.attention: got 'cudnn' with config.model.compute_dtype {config.model.compute_dtype!r}; "
+            "wanted 'bfloat16', which is what cuDNN's attention takes, or attention 'xla'"
+        )
+    why = "with config.efficiency.attention 'cudnn', which trains on sequences of even length only"
+    for name in ("backbone", "fusion"):
+        if (width := config.model[name].head_width) % 8 or width > 128:
+            yield f"config.model.{name}.head_width: got {width}; wanted 8, 16, ... 128 with attention 'cudnn'"
+    for field in ("global_cells", "local_cells"):
+        if config.data.views[field] % 2:
+            yield f"config.data.views.{field}: got {config.data.views[field]}; wanted an even number {why}"
+    if config.model.backbone.num_prompts % 2:
+        yield f"config.model.backbone.num_prompts: got {config.model.backbone.num_prompts}; wanted an even number {why}"
+    dates = sum(config.data.num_dates[name] for name in config.data.modalities if name in config.data.num_dates)
+    if dates % 2 == 0:
+        yield (
+            f"config.data.num_dates: got {dates} over config.data.modalities; wanted an odd number, which fusion's "
+            f"class token makes even, {why}"
         )

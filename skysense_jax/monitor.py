@@ -118,7 +118,7 @@ class Monitor:
 
     def note(self, step: int, numbers: dict[str, float]) -> None:
         """Takes numbers that are written with those of ``step``, or of the next step whose are written."""
-        self._notes = (step, numbers)
+        self._notes = (step, {**self._notes[1], **numbers})
 
     def event(self, step: int, event: str, **facts: Any) -> None:
         """Keeps what happened, for people and programs."""

@@ -7,6 +7,7 @@ whole batch. Next: sides.py (what both networks are asked), losses/ (each term).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ class Targets:
     queries: qsacl.QueryTargets | None
 
 
-def teacher_sees(teacher: Side, inputs: Inputs, objective: Objective) -> Seen:
+def teacher_sees(teacher: Side, inputs: Inputs, *, objective: Objective) -> Seen:
     """The teacher's features of some samples, as far as the losses compare with them."""
     features = teacher.encode(inputs, "global")
     sets, batch = feature_sets(features), inputs.batch
@@ -222,44 +223,63 @@ def _with_counts(sums, counts):
     return jax.tree.map(swap, sums, counts, is_leaf=is_term)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Both networks and what they are asked of a batch.
+
+    Attributes:
+      seed: of photometric changes, drop path and positions, with the step's number.
+      microbatches: parts of a batch that go through the networks one after the other.
+    """
+
+    network: SkySense
+    modalities: tuple[Modality, ...]
+    objective: Objective
+    schedules: Schedules
+    seed: int
+    photometric_strength: float
+    microbatches: int = 1
+
+    def student(self, params: Any) -> Side:
+        return Side(self.network, params, drops=True)
+
+    def look(self, state: TrainState, batch: Batch) -> tuple[Inputs, Seen, Targets]:
+        """What both networks see of a batch, and what the teacher says of it."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
+            inputs = prepare_inputs(
+                batch,
+                self.modalities,
+                self.network,
+                key=named_key(key, "inputs"),
+                strength=self.photometric_strength,
+                num_positions=self.objective.mgcl["num_positions"],
+            )
+        # fp32; each layer casts what it multiplies. An average stored in bf16 would stand still.
+        teacher = Side(self.network, state.teacher, drops=False)
+        temperature = self.schedules.teacher_temperature(state.step)
+        with jax.named_scope("teacher"):
+            sees = functools.partial(teacher_sees, teacher, objective=self.objective)
+            seen = parts.each(sees, inputs, parts=self.microbatches)
+            targets = teacher_targets(teacher, seen, self.objective, temperature=temperature)
+        return inputs, seen, targets
+
+
 def make_train_step(
-    network: SkySense,
-    optimizer: optax.GradientTransformation,
-    *,
-    modalities: tuple[Modality, ...],
-    objective: Objective,
-    schedules: Schedules,
-    seed: int,
-    photometric_strength: float,
-    microbatches: int = 1,
+    sides: Sides, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), to be jitted under ``jax.set_mesh`` with the state donated.
 
     Metrics are fp32 scalars; ``loss`` is the weighted sum of the ``loss/...`` terms. A step whose loss or gradient is
     not finite leaves parameters, teacher and optimizer as they were and counts itself.
     """
+    objective, schedules = sides.objective, sides.schedules
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
-            inputs = prepare_inputs(
-                batch,
-                modalities,
-                network,
-                key=named_key(key, "inputs"),
-                strength=photometric_strength,
-                num_positions=objective.mgcl["num_positions"],
-            )
-        temperature = schedules.teacher_temperature(state.step)
-        # fp32; each layer casts what it multiplies. An average stored in bf16 would stand still.
-        teacher = Side(network, state.teacher, drops=False)
-        with jax.named_scope("teacher"):
-            seen = parts.each(lambda part: teacher_sees(teacher, part, objective), inputs, parts=microbatches)
-            targets = teacher_targets(teacher, seen, objective, temperature=temperature)
-        student_of = lambda params: Side(network, params, drops=True)  # noqa: E731
+        inputs, seen, targets = sides.look(state, batch)
         with jax.named_scope("student"):
             loss, sums, gradient = student_gradient(
-                student_of, state.student, inputs, targets, objective, microbatches=microbatches
+                sides.student, state.student, inputs, targets, objective, microbatches=sides.microbatches
             )
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -283,7 +303,7 @@ def make_train_step(
             "learning_rate": schedules.learning_rate(
                 state.step - state.nonfinite_total
             ),  # the optimizer counts updates
-            "teacher_temperature": temperature,
+            "teacher_temperature": schedules.teacher_temperature(state.step),
             "ema_momentum": momentum,
             "nonfinite_in_row": new_state.nonfinite_in_row,
             "nonfinite_total": new_state.nonfinite_total,

@@ -73,7 +73,7 @@ def matches_golden(request):
 
 # Files that take longest start first, so that no worker of --dist loadfile ends alone with one of them.
 _LONG = (
-    "test_run.py",
+    "test_chain.py",
     "test_train_step.py",
     "test_meshes.py",
     "test_train.py",

@@ -23,11 +23,12 @@ class Emulator:
     Attributes:
       environ: what makes the libraries go there.
       failing: (pattern of a path, status that its reads are answered with) pairs.
+      refusing: [pattern of a path, status, how often] of writes, whose count goes down with each.
       storage: what the bucket holds.
     """
 
     def __init__(self):
-        self.storage, self.failing = _Storage(use_memory_fs=True), []
+        self.storage, self.failing, self.refusing = _Storage(use_memory_fs=True), [], []
         buckets.create_bucket(BUCKET, self.storage)
         self._server = _Server(("127.0.0.1", 0), functools.partial(_Handler, self))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -88,6 +89,11 @@ class _Handler(RequestHandler):
     def do_POST(self):
         address = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(address.query)
+        for refusal in self._emulator.refusing:
+            if refusal[2] and re.search(refusal[0], self.path):
+                refusal[2] -= 1
+                self.rfile.read(int(self.headers["Content-Length"]))
+                return self._refuse(refusal[1])
         wanted = query.get("ifGenerationMatch")
         if "name" in query and wanted and wanted != [self._generation_of(query["name"][0]) or "0"]:
             self.rfile.read(int(self.headers["Content-Length"]))

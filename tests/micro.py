@@ -1,6 +1,7 @@
 """The smallest configs that have every part, and their step on a mesh: for tests that run the whole step."""
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import tiny
@@ -68,6 +69,17 @@ def assembled_once(config, platform=None):
     if key not in _ASSEMBLED:
         _ASSEMBLED[key] = assembly.assemble(config, platform)
     return _ASSEMBLED[key]
+
+
+_CREATED = {}
+
+
+def created_once(network, optimizer, batch, *, seed, mesh):
+    """``train_state.create_state``, traced and compiled once for the parts that ``assembled_once`` gives."""
+    key = id(network), id(optimizer), seed, tuple(mesh.shape.items())
+    if key not in _CREATED:
+        _CREATED[key] = train_state.create_state(network, optimizer, batch, seed=seed, mesh=mesh)
+    return jax.tree.map(jnp.copy, _CREATED[key])
 
 
 class Compiled:

@@ -62,15 +62,19 @@ ALLOWED = {
     "assembly": {
         "batch",
         "config",
-        "config_checks",
+        "config_layout",
         "cost",
         "data",
         "dry_run",
         "modalities",
         "models",
+        "norms",
         "optim",
         "train_step",
     },
+    "norms": {"batch", "sharding", "train_state", "train_step", "trees"},
+    "outputs": {"assembly", "batch", "data", "eval", "metrics", "sharding", "train_state"},
+    "resume": {"checkpoint", "config", "data", "launch", "monitor", "storage", "train_state"},
     "launch": {"config", "sharding", "storage"},
     "preflight": {"config", "launch", "storage"},
     "targets": {"chips"},
@@ -97,10 +101,12 @@ ONLY_BY = {
     "export": set(),
     "plan": set(),
     "preflight": set(),
-    "assembly": {"train", "export", "plan"},
-    "config": {"train", "assembly", "export", "launch", "plan", "preflight"},
-    "launch": {"train", "preflight"},
-    "train_step": {"train", "assembly"},
+    "outputs": {"train"},
+    "resume": {"train"},
+    "assembly": {"train", "outputs", "export", "plan"},
+    "config": {"train", "assembly", "export", "launch", "plan", "preflight", "resume"},
+    "launch": {"train", "preflight", "resume"},
+    "train_step": {"train", "assembly", "norms"},
 }
 # Beside benchmarks and tests.
 CONFIG_READERS = {
@@ -112,8 +118,10 @@ CONFIG_READERS = {
     "export/__main__.py",
     "export/from_torch.py",
     "launch/start.py",
+    "outputs.py",
     "plan/__main__.py",
     "preflight.py",
+    "resume.py",
 }
 # Copied into exported directories: one file that needs no other of ours, and one that imports it from beside it, as
 # transformers wants of code that it loads.

@@ -1,5 +1,6 @@
 """Runs of the micro config through the entry point's functions: exact resume, refusals, new sensors, bad input."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import assembled_once, micro_config, mono_config
+from micro import assembled_once, created_once, micro_config, mono_config
 
-from skysense_jax import checkpoint, metrics, modalities, monitor, train, watch
+from skysense_jax import checkpoint, metrics, modalities, monitor, outputs, train, watch
 from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
@@ -25,7 +26,17 @@ class _Preempted(Exception):
     """Stands in for a pre-emption between two steps."""
 
 
-def _train(config, workdir, monkeypatch, *, profile=None, stop_after=None, pictures=False, change=lambda batch: batch):
+def _train(
+    config,
+    workdir,
+    monkeypatch,
+    *,
+    stop_after=None,
+    pictures=False,
+    change=lambda batch: batch,
+    assemble=assembled_once,
+    **given,
+):
     """The final state and the records of every step, in order; raises _Preempted after ``stop_after`` steps.
 
     ``change``: what happens to each batch on its way.
@@ -41,11 +52,12 @@ def _train(config, workdir, monkeypatch, *, profile=None, stop_after=None, pictu
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "prefetch", watched)
-        patch.setattr(train, "assemble", assembled_once)
+        patch.setattr(train, "assemble", assemble)
+        patch.setattr(train, "create_state", created_once)
         if not pictures:
-            patch.setattr(train, "write_pictures", lambda *args: None)
+            patch.setattr(outputs, "write_pictures", lambda *args: None)
         try:
-            state = train.train(config, workdir, profile_steps=profile)
+            state = train.train(config, workdir, **given)
         except _Preempted:
             return None, order
     return jax.device_get(state), order
@@ -56,7 +68,7 @@ def straight(tmp_path_factory):
     """Ten steps without a stop, one of them traced: workdir, state, data order."""
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return workdir, *_train(mono_config(), workdir, monkeypatch, profile="4:4")
+        return workdir, *_train(mono_config(), workdir, monkeypatch, profile_steps="4:4")
 
 
 def test_five_steps_and_a_restart_equal_ten_to_the_last_bit(straight, tmp_path, monkeypatch):
@@ -110,7 +122,7 @@ def test_speed_is_written_with_the_loss_and_a_trace_with_the_step_that_ends_it(s
 
 def test_wrong_profile_steps_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--profile_steps: got '9:11'; wanted an END in the run, 10"):
-        _train(mono_config(), tmp_path / "run", monkeypatch, profile="9:11")
+        _train(mono_config(), tmp_path / "run", monkeypatch, profile_steps="9:11")
     assert not (tmp_path / "run").exists()
 
 
@@ -130,21 +142,56 @@ def test_resume_with_another_model_is_refused_by_field(straight, monkeypatch):
         _train(config, straight[0], monkeypatch)
 
 
-def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
-    pattern = str(tmp_path / "*.array_record")
+def test_run_begins_with_the_teacher_of_another_and_goes_on_with_its_own(tmp_path, monkeypatch, caplog):
     config = mono_config()
-    config.data.sources = ((pattern, 1.0),)
-    (tmp_path / "a.array_record").write_bytes(b"12345")
-    before = train._facts(config)
-    train._check_same_run(before, train._facts(config), config, accepted=())
-    assert not caplog.records
-    (tmp_path / "b.array_record").write_bytes(b"67")
-    now = train._facts(config)
-    with pytest.raises(ValueError, match=r"config.data.sources: the files of '.*' are not those .* --accept=data"):
-        train._check_same_run(before, now, config, accepted=())
-    train._check_same_run(before, now | {"code": "0 abc"}, config, accepted=("data",))
-    assert "going on with other code than before" in caplog.text
-    assert "going on with --accept=data" in caplog.text
+    config.optim.seed = 1
+    other, workdir = _first_state(config), tmp_path / "other"
+    checkpoints = checkpoint.Checkpoints(workdir, every_steps=1, keep_last=2, keep_every_steps=100)
+    checkpoints.save(7, other, data_state={}, meta={})
+    checkpoints.close()
+    for stop_after in (5, 0):  # steps, of which the fifth is saved
+        with caplog.at_level("INFO"):
+            _train(mono_config(), tmp_path / "run", monkeypatch, stop_after=stop_after, init_from=workdir)
+    assert "--init_from is not looked at" in caplog.text
+    events = _lines(tmp_path / "run" / "events.jsonl")
+    assert [(line["event"], line["step"]) for line in events] == [("started", 0), ("started", 5)]
+    assert events[0]["origin"] == f"the teacher of step 7 in {workdir}"
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), other.teacher)
+    for weights in ("teacher", "student"):
+        after = checkpoint.restore_params(tmp_path / "run", shapes, weights=weights).state
+        assert 0 < _largest_difference(after, other.teacher) < 0.01
+        assert _largest_difference(after, _first_state(mono_config()).teacher) > 0.05
+
+
+def _largest_difference(tree, other):
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(jax.tree.map(np.subtract, tree, other)))
+
+
+def test_weights_of_another_network_or_of_none_are_refused(straight, tmp_path, monkeypatch):
+    config = mono_config()
+    config.model.fusion.depth = 3
+    with pytest.raises(ValueError, match=r"(?s)--init_from: the checkpoint of step 10 in .*another state.*from_torch"):
+        _train(config, tmp_path / "run", monkeypatch, init_from=straight[0])
+    with pytest.raises(ValueError, match=r"--init_from: there is no .*nothing"):
+        _train(mono_config(), tmp_path / "run", monkeypatch, init_from=tmp_path / "nothing")
+
+
+def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(tmp_path, monkeypatch):
+    config = mono_config()
+    config.run.update(checkpoint_every_steps=1, keep_last=2, keep_every_steps=100, keep_best=True, norms_every_steps=3)
+    config.eval.update(probe_every_steps=1, num_train_scenes=2, num_test_scenes=1)
+    mious = iter([0.1, 0.5, None, 0.2, 0.3, 0.1])
+    monkeypatch.setattr(outputs, "probe", lambda *args: {"teacher": {"osm/miou": next(mious), "osm/accuracy": 0.9}})
+    stub = lambda boxed, state, batch: {"gradient": {"loss": {"a/b": state.step + 0.5}}}  # noqa: E731
+    assemble = lambda config: dataclasses.replace(assembled_once(config), norms=stub)  # noqa: E731
+    for stop_after, kept in ((4, [2, 3, 4]), (2, [2, 5, 6])):
+        _train(config, tmp_path, monkeypatch, stop_after=stop_after, assemble=assemble)
+        assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
+    looked = _lines(tmp_path / "norms.jsonl")
+    assert [(line["step"], line["gradient"]["loss"]["a/b"]) for line in looked] == [(3, 2.5), (6, 5.5)]
+    lines = {line["step"]: line for line in metrics.read_json_lines(tmp_path / metrics.FILE_NAME)}
+    assert any(line.get("probe/osm/accuracy") == 0.9 for line in lines.values())
+    assert {line["probe/osm/miou"] for line in lines.values() if "probe/osm/miou" in line} <= {0.1, 0.5, 0.2, 0.3}
 
 
 def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
@@ -239,7 +286,7 @@ def test_new_sensors_are_rows_in_the_config_and_bad_records_are_named(tmp_path, 
     assert "new.array_record" in caplog.text
     assert not (tmp_path / "run" / "probe.json").exists()
     assert (tmp_path / "run" / "pictures" / "features.png").exists()
-    shown = train._picture_samples(config, train.assemble(config), train.make_pipeline(config))
+    shown = outputs._picture_samples(config, train.assemble(config), train.make_pipeline(config))
     assert [sample.id for sample in shown] == ["new-2", "new-3", "new-4"]  # the run's own; 0 and 1 are damaged
 
 
@@ -328,7 +375,7 @@ def test_run_whose_loss_jumps_goes_back_and_past_the_data(straight, tmp_path, mo
     assert order[:9] == straight[2][:9]
     assert len(order) == 9 + 4
     assert not set(map(tuple, order[9:])) & set(map(tuple, order[:9]))
-    found = _lines(tmp_path / "events.jsonl")
+    found = _lines(tmp_path / "events.jsonl")[1:]  # behind the start
     assert [line["event"] for line in found] == ["loss spike", "went back"]
     assert (found[0]["first_step"], found[0]["last_step"], found[1]["to_step"]) == (7, 8, 6)
     assert sorted(found[0]["samples"]) == ["7", "8"]
@@ -357,7 +404,7 @@ def test_collapse_is_told_with_the_signal_and_stops_a_run_that_is_asked_to(tmp_p
         RuntimeError, match=r"step 3: collapse: .*target_entropy/\w+ is 3.1\d+, beyond .*nearly uniform"
     ):
         _train(config, tmp_path, monkeypatch)
-    found = _lines(tmp_path / "events.jsonl")
+    found = _lines(tmp_path / "events.jsonl")[1:]  # behind the start
     assert {line["event"] for line in found} == {"collapse"}
     assert {line["step"] for line in found} == {3}
     assert any(line["signal"].startswith("target_entropy/") for line in found)
@@ -405,8 +452,8 @@ def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
     (tmp_path / metrics.FILE_NAME).write_text((workdir / metrics.FILE_NAME).read_text())
     with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
         run = train.assemble(config)
-        train.write_pictures(config, run, pipeline, state.teacher, element, tmp_path)
-        scores = train.probe(config, run, {"teacher": state.teacher})["teacher"]
+        outputs.write_pictures(config, run, pipeline, state.teacher, element, tmp_path)
+        scores = outputs.probe(config, run, {"teacher": state.teacher})["teacher"]
     assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
         p.name for p in (tmp_path / "pictures").iterdir()
     }

@@ -7,6 +7,7 @@ import pytest
 from micro import Compiled, micro_config
 
 from skysense_jax import feed, sharding, train, train_state
+from skysense_jax.batch import Batch
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_nonfinite_gradient_skips_the_update_and_counts(sharded, element):
 def test_absent_modality_equals_one_that_was_never_there(element):
     config = micro_config()
     run = train.assemble(config)
-    batch = train.Batch.from_dict(jax.tree.map(jnp.asarray, element))
+    batch = Batch.from_dict(jax.tree.map(jnp.asarray, element))
     variables = jax.jit(lambda: run.network.init(jax.random.key(0), batch, train=False))()
     params = sharding.unbox(variables["params"])
     views = batch.global_views

@@ -24,7 +24,7 @@ class Stop:
     """Whether the run was told to stop; ``listen`` starts to hear the signals, in the main thread only."""
 
     def __init__(self):
-        self._told = threading.Event()
+        self._told, self._asked = threading.Event(), 0
 
     def listen(self) -> None:
         """From here on the signals no longer end this process at once."""
@@ -41,6 +41,8 @@ class Stop:
 
     def reached(self, step: int) -> bool:
         """Whether the run is to stop behind ``step``: the same on all processes. Asked once for every step."""
+        del step  # it falls where a run goes back; what processes agree on may only grow
+        self._asked += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._told.is_set()

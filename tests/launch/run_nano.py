@@ -14,7 +14,7 @@ import time
 import jax
 from absl import app
 
-from skysense_jax import config, train
+from skysense_jax import config, outputs, train
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
             path.write_text(json.dumps(order))
             yield batch, element, state
 
-    train.prefetch, train.write_pictures = watched, lambda *args: None
+    train.prefetch, outputs.write_pictures = watched, lambda *args: None
     train.main(argv)
 
 

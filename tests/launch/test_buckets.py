@@ -1,5 +1,6 @@
 """Runs and data in gs://bucket, against a server on loopback; addresses and buckets that cannot be used."""
 
+import contextlib
 import pathlib
 import re
 import sys
@@ -10,10 +11,10 @@ import pytest
 import test_checkpoint as cases
 from absl import logging
 from etils import epath
-from micro import assembled_once
+from micro import assembled_once, created_once
 from nano import get_config
 
-from skysense_jax import checkpoint, metrics, storage, train
+from skysense_jax import checkpoint, metrics, outputs, storage, train
 from skysense_jax.data import records
 from skysense_jax.data.scenes import render
 from skysense_jax.export.__main__ import export
@@ -40,12 +41,6 @@ class _StopBehind(Stop):
         return step == self._step
 
 
-class _Telling(train.Monitor):
-    def __init__(self, **how):
-        super().__init__(**how)
-        self.event(0, "began")
-
-
 def _names(run):
     return sorted(path.name for path in run.iterdir())
 
@@ -61,9 +56,9 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     config = get_config()
     config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True)
     monkeypatch.setattr(train, "assemble", assembled_once)
-    monkeypatch.setattr(train, "Monitor", _Telling)
+    monkeypatch.setattr(train, "create_state", created_once)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_pictures", lambda *args: None)
+        patch.setattr(outputs, "write_pictures", lambda *args: None)
         straight = jax.device_get(train.train(config, tmp_path / "straight"))
         with pytest.raises(Stopped):
             train.train(config, run, stop=_StopBehind(1))
@@ -194,6 +189,29 @@ def test_bucket_that_refuses_to_be_read_is_no_damage(run, emulator, where, statu
     finally:
         emulator.failing.clear()
     assert _restored(run).step == 2
+
+
+def test_bucket_that_refuses_a_write_is_told_and_the_checkpoint_before_stays(run, emulator, errors, monkeypatch):
+    checkpoints = cases.saved_run(run, steps=(1,))
+    monkeypatch.setattr(checkpoint, "_SHOWS_UP_S", 0.5)
+    emulator.refusing.append([r"upload.*2.*state", 403, 1000])
+    try:
+        with pytest.raises(Exception, match=r"PERMISSION_DENIED|403|Forbidden"):
+            cases.save_and_wait(checkpoints, 2)
+    finally:
+        assert emulator.refusing.pop()[2] < 1000
+    with contextlib.suppress(Exception):
+        checkpoints.close()
+    restored = _restored(run)
+    assert restored.step == 1
+    cases.assert_bits_equal(restored.state, cases.make_state(1))
+
+
+def test_bucket_that_does_not_answer_for_a_while_is_asked_again(run, emulator):
+    emulator.refusing.append([r"upload.*1.*state", 503, 3])
+    cases.saved_run(run, steps=(1,)).close()
+    assert emulator.refusing.pop()[2] == 0
+    cases.assert_bits_equal(_restored(run).state, cases.make_state(1))
 
 
 # ---- data

@@ -1,0 +1,52 @@
+"""Norms by layer against numpy, against the step's own gradient, and against what a weight does to a term."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from micro import Compiled, mono_config
+
+from skysense_jax import feed, norms, train, train_state
+from skysense_jax.sharding import LAYERS
+
+
+def test_layers_are_told_apart_also_where_a_scan_stacks_them():
+    rng = np.random.default_rng(0)
+    stacked, other, alone = (rng.normal(size=shape) for shape in ((3, 4, 5), (3, 7), (6,)))
+    tree = {"net": {"stage3": {"a": {"kernel": stacked}, "bias": other}, "norm": {"scale": alone}}}
+    boxes = {"net": {"stage3": {"a": {"kernel": _box(LAYERS, None, None)}, "bias": _box(LAYERS, None)}}}
+    boxes["net"]["norm"] = {"scale": jax.ShapeDtypeStruct((6,), jnp.float32)}
+    found = norms.layer_norms(tree, boxes)
+    wanted = {f"net/stage3/{i}": np.sqrt((stacked[i] ** 2).sum() + (other[i] ** 2).sum()) for i in range(3)} | {
+        "net/norm": np.linalg.norm(alone)
+    }
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def _box(*names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct((1,) * len(names), jnp.float32), names)
+
+
+def test_norms_of_a_step_are_those_of_its_gradient_and_of_its_terms():
+    config = mono_config()
+    config.model.backbone.num_moe_blocks = 0
+    config.objective.weights.update(qsacl=0.0, koleo=0.0, text_alignment=0.5)
+    compiled = Compiled(config, jax.devices())
+    element, state = next(iter(train.make_pipeline(config))), compiled.state()
+    _, metrics = compiled(state, element)
+    with jax.set_mesh(compiled.mesh):
+        boxed = train_state.boxed_state(compiled.run.network, compiled.run.optimizer, compiled.shapes).student
+        looked = jax.jit(lambda *of: compiled.run.norms(boxed, *of))(state, feed.to_device(element, compiled.mesh))
+    assert set(looked["gradient"]) == {"mgcl", "text_alignment", "loss"}  # no router, though its terms have weights
+    total = {term: np.sqrt(sum(float(x) ** 2 for x in of.values())) for term, of in looked["gradient"].items()}
+    assert total["loss"] == pytest.approx(metrics["gradient_norm"], rel=1e-5)
+    assert abs(total["mgcl"] - total["text_alignment"]) < total["loss"] < total["mgcl"] + total["text_alignment"]
+    text = {layer: float(x) for layer, x in looked["gradient"]["text_alignment"].items()}
+    assert text["backbone/stage1_0"] > 0
+    assert all(value == 0 for layer, value in text.items() if layer.startswith("head_"))  # prototypes are MGCL's
+    students = state.student["backbone"]["stage3"]
+    of_first = np.sqrt(sum(float(np.square(np.asarray(leaf)[0]).sum()) for leaf in jax.tree.leaves(students)))
+    assert looked["parameters"]["backbone/stage3/0"] == pytest.approx(of_first, rel=1e-5)
