@@ -98,6 +98,8 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
             statuses = wait(running, 0.0)
         else:
             statuses = wait(running, rng.uniform(0.0, longest) if left > 0 else _LONGEST_S)
+        if None in statuses and left <= 0:
+            raise RuntimeError(f"the last leg took more than {_LONGEST_S} s; its log is {workdir}-*.log")
         if None not in statuses:
             if any(statuses):
                 raise RuntimeError(f"the run ended with {statuses}; its log is {workdir}-*.log")
@@ -119,7 +121,9 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        allowed = {0, EXIT_AGAIN, -kind} | ({1, -signal.SIGABRT} if processes > 1 else set())
+        allowed = {0, EXIT_AGAIN, -kind}  # at its end; told in time; told before it listened, or killed
+        if processes > 1 and (kind == signal.SIGKILL or -kind in statuses):
+            allowed |= {1, -signal.SIGABRT}  # the others miss the one that is gone
         unexpected = [status for status in statuses if status is not None and status not in allowed]
         again = max(step - reached(workdir)[1], 0)
         rows.append(dict(kind=kind.name, at_step=step, again=again, ends_s=took, hung=hung, unexpected=unexpected))
@@ -153,7 +157,7 @@ def main() -> None:
     how = dict(processes=given.processes, steps=given.steps)
     began = time.monotonic()
     statuses = wait(start(given.config, peaceful, **how), _LONGEST_S)
-    if any(statuses):
+    if any(status != 0 for status in statuses):
         sys.exit(f"error: the run that nobody killed ended with {statuses}; its log is in {folder}")
     print(f"in peace: {time.monotonic() - began:.0f} s for {given.steps} steps", flush=True)
     rows = chaos(given.config, killed, kills=given.kills, longest=given.longest, seed=given.seed, **how)

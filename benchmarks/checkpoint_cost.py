@@ -4,10 +4,11 @@ python -m benchmarks.checkpoint_cost --config=configs/small.py --batch=8 --saves
 
 Each save goes to its end with no step beside it, so that all of the process's CPU seconds behind it are the save's. The
 share is that of one save per ``--every`` steps of the length measured here; ``--step_s`` asks for that of another
-length, since a step on CPUs is longer than on what the config is meant for.
+length, since a step on CPUs is longer than on what the config is meant for. Files are verified as they lie in memory.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import tempfile
@@ -78,7 +79,9 @@ def _seconds(what) -> float:
 
 def _step_seconds(settings, run, boxed, mesh, state, steps):
     """Mean seconds of a step on one batch, and the state behind them."""
-    element = next(iter(assembly.make_pipeline(settings)))
+    settings.run.input_workers, settings.run.input_threads = 0, 1
+    with contextlib.closing(iter(assembly.make_pipeline(settings))) as source:
+        element = next(source)
     step_fn, batch = train_state.jit_step(run.step, boxed, mesh), feed.to_device(element, mesh)
     state, _ = jax.block_until_ready(step_fn(state, batch))
     began = time.perf_counter()

@@ -39,7 +39,7 @@ def _run() -> dict:
         keep_every_hours=0.0,  # and for ever the first, and each that is so long after the one before; 0: none
         keep_best=False,  # and the one with the best probe (eval.probe_every_steps)
         pictures_every_steps=5000,  # 0: only at the end
-        norms_every_steps=0,  # norms.jsonl: each term's gradient by layer; costs a backward pass a term; 0: never
+        norms_every_steps=0,  # norms.jsonl: each term's gradient by layer; costs a step a term and one; 0: never
         max_nonfinite_in_row=20,  # skipped updates in a row that stop the run
         max_bad_record_share=0.01,  # unreadable records, as a share of those read, that stop the run (from 100 on)
         watch=dict(  # what is looked for in the numbers of every step [D]

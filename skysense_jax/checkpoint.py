@@ -12,7 +12,8 @@ import dataclasses
 import json
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,6 @@ from skysense_jax.restore import (
 )
 from skysense_jax.trees import named_leaves
 
-_SCORE = "score"  # its name in the notes
 _MARKER = "commit_success.txt"  # Orbax's last file
 _LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
 _ASIDE = {
@@ -86,16 +86,34 @@ class _Sealing:
             raise self._error
 
 
-class _Best:
-    """Preserves, as Orbax asks it, the checkpoint with the highest score, the newest of equals."""
+@dataclasses.dataclass
+class _Preserved:
+    """Preserves, as Orbax asks it, what was saved so long after the last so kept, and the best.
 
-    def __init__(self, scores: Mapping[int, float]):
-        self._scores = scores
+    Attributes:
+      notes: of the checkpoints by step, the same on every process: ``saved_s``, seconds since 1970, and ``score``.
+      every_s: 0: nothing for its time.
+    """
+
+    notes: dict[int, dict[str, Any]]
+    every_s: int
+    best: bool
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        scored = [(self._scores[saved.step], saved.step) for saved in checkpoints if saved.step in self._scores]
-        return [bool(scored) and saved.step == max(scored)[1] for saved in checkpoints]
+        steps, kept, last = [saved.step for saved in checkpoints], set(), None
+        for step in steps if self.every_s else ():
+            at = self.notes.get(step, {}).get("saved_s")
+            if at is not None and (last is None or at - last >= self.every_s):
+                kept.add(step)
+                last = at
+        scored = [
+            (self.notes[step]["score"], step) for step in steps if self.notes.get(step, {}).get("score") is not None
+        ]
+        if self.best and scored:
+            # the newest of equals; while it is being written, also the best before it
+            kept |= {max(scored)[1], max([of_step for of_step in scored if of_step[1] != steps[-1]] or scored)[1]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -118,13 +136,9 @@ class Checkpoints:
     ):
         self._workdir = epath.Path(workdir)
         self._sealing: _Sealing | None = None
-        self._scores: dict[int, float] = {}
+        self._preserved = _Preserved({}, round(3600 * keep_every_hours), keep_best)
         policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep_last), policies.EveryNSteps(keep_every_steps)]
-        if keep_every_hours:
-            kept.append(policies.EveryNSeconds(round(3600 * keep_every_hours)))
-        if keep_best:
-            kept.append(_Best(self._scores))
+        kept = [policies.LatestN(keep_last), policies.EveryNSteps(keep_every_steps), self._preserved]
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -133,17 +147,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
-        if keep_best:
-            self._scores.update(self._saved_scores())
-
-    def _saved_scores(self) -> dict[int, float]:
-        """Of checkpoints of before; what cannot be read has none."""
-        scores = {}
         for step in self.steps():
-            with contextlib.suppress(DamagedError):
-                score = read_notes(self._manager, step)["meta"]["run"].get(_SCORE)
-                scores |= {} if score is None else {step: score}
-        return scores
+            with contextlib.suppress(DamagedError):  # what cannot be read is kept for nothing
+                self._preserved.notes[step] = read_notes(self._manager, step)["meta"]["kept"]
 
     def maybe_save(
         self,
@@ -177,9 +183,7 @@ class Checkpoints:
         if json.loads(json.dumps(data_state)) != data_state:
             raise ValueError(f"data_state {data_state!r} does not survive JSON; wanted dicts with string keys, lists")
         self.wait()
-        if score is not None:
-            meta = {**meta, _SCORE: score}
-            self._scores[step] = score
+        kept = self._preserved.notes[step] = _of_first_process(score)
         digests = tree_digests(state)
         leaves = {path: [shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
         saving = self._manager.save(
@@ -188,7 +192,12 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave(data_state),
                 meta=ocp.args.JsonSave(
-                    {"leaves": leaves, "run": meta, "sha256": text_digest(data_state, leaves, meta)}
+                    {
+                        "leaves": leaves,
+                        "run": meta,
+                        "kept": kept,
+                        "sha256": text_digest(data_state, leaves, meta, kept),
+                    }
                 ),
             ),
             force=True,
@@ -278,6 +287,13 @@ class Checkpoints:
             self._manager.close()
 
 
+def _of_first_process(score: float | None) -> dict[str, Any]:
+    """When a checkpoint was saved, and its score: as process 0 has them, since all must keep the same ones."""
+    mine = np.asarray([time.time()], np.uint32), np.asarray([np.nan if score is None else score], np.float32)
+    (saved_s,), (score,) = multihost_utils.broadcast_one_to_all(mine)
+    return dict(saved_s=int(saved_s), score=float(score) if np.isfinite(score) else None)
+
+
 def restore_params(
     workdir: Any,
     abstract_params: Any,
@@ -285,11 +301,12 @@ def restore_params(
     weights: str = "teacher",
     parts: Sequence[str] | None = None,
     step: int | None = None,
+    check_meta: CheckMeta = accept,
 ) -> Restored:
     """Parameters (``Restored.state``) of the newest checkpoint that verifies, or of ``step``; nothing else is read.
 
-    ``weights`` is "teacher" or "student", ``parts`` names entries of the tree (None: all). Shapes without a sharding
-    come to the first device.
+    ``weights`` is "teacher" or "student", ``parts`` names entries of the tree (None: all), ``check_meta`` is as in
+    ``restore_latest``. Shapes without a sharding come to the first device.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another model.
@@ -303,7 +320,7 @@ def restore_params(
             abstract_params if parts is None else {part: abstract_params[part] for part in parts},
         )
         prefixes = (f"{weights}/",) if parts is None else tuple(f"{weights}/{part}/" for part in parts)
-        restored, _ = restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes)
+        restored, _ = restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes, check_meta=check_meta)
         return dataclasses.replace(restored, state=restored.state[weights])
 
 

@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 from configs import base
 from skysense_jax import modalities
 from skysense_jax.config_layout import layout_problems
-from skysense_jax.data import codecs, text
+from skysense_jax.data import codecs, scenes, text
 from skysense_jax.data.scenes_layout import MAX_EXTENT_CELLS
 
 # A section is handed to functions that ask for a Mapping; it behaves as one and does not say so.
 Mapping.register(ConfigDict)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+_SHORTEST_HOURS = 0.01  # between checkpoints that are kept for their time, which is known in seconds
 MAX_STRENGTH = 2.5  # of photometric changes: brightness takes up to 0.4 times this away
 # Subtrees whose keys are not fixed: dates per modality.
 _FREE_KEYS = ("data.num_dates",)
@@ -393,10 +394,17 @@ def _eval_problems(config: ConfigDict) -> Iterator[str]:
             f"config.eval.probe_every_steps: got {probed}; wanted a multiple of config.run.checkpoint_every_steps, "
             f"{saved}, so that what is probed is saved"
         )
-    if config.run.keep_best and not (probed and config.eval.num_test_scenes):
+    if config.run.keep_best and not probed:
+        yield "config.run.keep_best: got True with config.eval.probe_every_steps 0; wanted probes, which tell the best"
+    seen = [name for name in config.data.modalities if name in scenes.MODALITIES]
+    if probed and not (config.eval.num_test_scenes and seen):
         yield (
-            f"config.run.keep_best: got True with config.eval.probe_every_steps {probed} and num_test_scenes "
-            f"{config.eval.num_test_scenes}; wanted both above 0: the best is told by a probe"
+            f"config.eval.probe_every_steps: got {probed} with num_test_scenes {config.eval.num_test_scenes} and the "
+            f"modalities {tuple(config.data.modalities)}; wanted scenes to probe on, which have {scenes.MODALITIES}"
+        )
+    if 0 < config.run.keep_every_hours < _SHORTEST_HOURS:
+        yield (
+            f"config.run.keep_every_hours: got {config.run.keep_every_hours}; wanted 0, or at least {_SHORTEST_HOURS}"
         )
     if config.eval.num_test_scenes and not config.eval.num_train_scenes:
         yield (

@@ -5,6 +5,7 @@ earlier steps are done (metrics.MetricBuffer) and from how long it stood waiting
 the device is seen by a trace only. Next: profiling.py (the trace), chips.py (the rates).
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -81,6 +82,16 @@ class StepClock:
     def restart(self, step: int) -> None:
         """Leaves out what is not yet in ``numbers``, and all up to where the host learns that ``step`` is done."""
         self._since, self._first = None, max(step, self._first)
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What the host does meanwhile is no part of a step's time; waits for the step in flight first."""
+        jax.block_until_ready(self._in_flight)
+        began = self._clock()
+        yield
+        if self._since is not None:
+            step, since = self._since
+            self._since = step, since + self._clock() - began
 
     def numbers(self, step: int) -> dict[str, float]:
         """Those of the steps after the last call up to ``step``, which has just ended."""

@@ -19,7 +19,7 @@ from absl import logging
 from skysense_jax import measure, metrics, watch
 from skysense_jax.data.pipeline import Pipeline
 
-_EVENTS, _QUARANTINE = "events", "quarantine"
+_EVENTS, _QUARANTINE, _NORMS = "events", "quarantine", "norms"
 _REMEMBERED = 64  # steps whose samples can be named
 
 
@@ -35,7 +35,7 @@ class Journal:
     def write(self, step: int, **facts: Any) -> None:
         """Adds a line with "step", "time" (seconds since 1970) and the facts, which JSON must be able to hold."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **facts}) + "\n")
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **facts}, allow_nan=False) + "\n")
 
 
 def _file(name: str) -> str:
@@ -45,7 +45,7 @@ def _file(name: str) -> str:
 
 def continued() -> tuple[str, ...]:
     """Files of this process that a run which goes on adds to."""
-    return _file(_EVENTS), _file(_QUARANTINE)
+    return _file(_EVENTS), _file(_QUARANTINE), _file(_NORMS)
 
 
 class WentWrong(Exception):
@@ -96,7 +96,9 @@ class Monitor:
         self._spikes, self._collapses = spikes, collapses
         self._notes: tuple[int, dict[str, float]] = (0, {})
         self._pipeline, self._writers = pipeline, writers
-        self._events, self._quarantine = Journal(directory, _EVENTS), Journal(directory, _QUARANTINE)
+        self._events, self._quarantine, self._norms = (
+            Journal(directory, name) for name in (_EVENTS, _QUARANTINE, _NORMS)
+        )
         self._buffer, self._progress = metrics.MetricBuffer(), metrics.Progress(num_steps)
         self._records = self._bad_records = 0
         self._named: set[int] = set()
@@ -123,6 +125,11 @@ class Monitor:
     def event(self, step: int, event: str, **facts: Any) -> None:
         """Keeps what happened, for people and programs."""
         self._events.write(step, event=event, **facts)
+
+    def keep_norms(self, step: int, norms: Mapping[str, Any]) -> None:
+        """Writes norms by layer (norms.py), known to every process alike; null where one is not finite."""
+        if jax.process_index() == 0:
+            self._norms.write(step, **jax.tree.map(lambda norm: float(norm) if np.isfinite(norm) else None, norms))
 
     def catch_up(self, step: int) -> None:
         """Writes the numbers up to ``step``, the newest, and waits for it; times begin anew behind the next."""

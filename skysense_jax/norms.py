@@ -1,7 +1,8 @@
 """How large the gradient of each loss term is in each layer: looked at on demand (``config.run.norms_every_steps``).
 
 A term whose gradient is a hundred times another's decides alone what a layer learns, and a layer whose gradient grows
-from look to look is where a run will leave the rails. A look costs a backward pass for each term.
+from look to look is where a run will leave the rails. A look costs a forward and a backward pass for each term, and one
+for their sum.
 """
 
 import dataclasses

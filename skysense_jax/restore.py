@@ -172,7 +172,10 @@ def read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         for name in ("data", "meta")
     }
     with _any_error_is_damage(manager.directory):
-        if text_digest(notes["data"], notes["meta"]["leaves"], notes["meta"]["run"]) != notes["meta"]["sha256"]:
+        if (
+            text_digest(notes["data"], *(notes["meta"][name] for name in ("leaves", "run", "kept")))
+            != notes["meta"]["sha256"]
+        ):
             raise ValueError("its JSON is not what was saved")
     return notes
 

@@ -4,6 +4,7 @@ In this order: the newest checkpoint in the working directory that verifies; the
 new state. Next: checkpoint.py (what verifies), monitor.py (when a run goes back).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def run_facts(config: ConfigDict) -> dict[str, Any]:
     )
 
 
-def check_same_run(meta: dict[str, Any], now: dict[str, Any], config: ConfigDict, accepted: Sequence[str]) -> None:
+def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigDict, accepted: Sequence[str]) -> None:
     """Says what has changed since the checkpoint with ``meta``; ``now``: ``run_facts``.
 
     Raises:
@@ -61,9 +62,11 @@ def first_state(
     checkpoints: checkpoint.Checkpoints,
     abstract: TrainState,
     source: pipeline_lib.PipelineIterator,
-    new: Callable[[], TrainState],
     *,
-    check_meta: Callable[[dict[str, Any]], None],
+    new: Callable[[], TrainState],
+    config: ConfigDict,
+    facts_now: dict[str, Any],
+    accepted: Sequence[str] = (),
     init_from: storage.Directory | None = None,
 ) -> tuple[int, TrainState, str]:
     """Step and state that the run starts from, with ``source`` at its place in the data, and where they come from.
@@ -71,9 +74,10 @@ def first_state(
     ``init_from``: a run whose teacher's weights a new state takes, for both networks.
 
     Raises:
-      ValueError: see ``check_same_run``; or there are no such weights in ``init_from``.
+      ValueError: see ``check_same_run``; or there are no such weights in ``init_from``, or none that verify.
     """
-    restored = checkpoints.restore_latest(abstract, check_meta=check_meta)
+    same = functools.partial(check_same_run, now=facts_now, config=config, accepted=accepted)
+    restored = checkpoints.restore_latest(abstract, check_meta=same)
     if restored is not None:
         if init_from is not None:
             logging.info("--init_from is not looked at: the run has begun, and goes on from its own checkpoint")
@@ -81,13 +85,19 @@ def first_state(
         return restored.step, restored.state, "the newest checkpoint that verifies"
     if init_from is None:
         return 0, new(), "a new state"
+
+    def check_same_network(meta: dict[str, Any]) -> None:
+        if refused := config_lib.compare(meta["config"], config).refused:
+            raise ValueError(
+                f"{init_from} has weights that do not fit this config, or would mean something else: "
+                f"{'; '.join(refused)}. Export that run and begin this one with skysense_jax.export.from_torch, which "
+                "takes what fits"
+            )
+
     try:
-        taken = checkpoint.restore_params(init_from, abstract.teacher)
-    except ValueError as error:
-        raise ValueError(
-            f"--init_from: {str(error).removeprefix('--workdir: ')}\nWeights of another network or with other "
-            "modalities: export that run, and begin this one with skysense_jax.export.from_torch, which takes what fits"
-        ) from error
+        taken = checkpoint.restore_params(init_from, abstract.teacher, check_meta=check_same_network)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--init_from: {str(error).removeprefix('--workdir: ')}") from error
     state = new().replace(student=taken.state, teacher=jax.tree.map(jnp.copy, taken.state))
     return 0, state, f"the teacher of step {taken.step} in {init_from}"
 

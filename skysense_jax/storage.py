@@ -29,8 +29,8 @@ def in_bucket(path: object) -> bool:
     return re.match(r"gs://\w", str(path)) is not None
 
 
-def run_directory(text: str) -> Directory:
-    """The absolute path or the address of ``--workdir``; whether a bucket is there is not asked.
+def run_directory(text: str, *, flag: str = "--workdir") -> Directory:
+    """The absolute path or the address of a run, that ``flag`` gave; whether a bucket is there is not asked.
 
     Raises:
       ValueError: it is a file, or an address of another kind than gs://bucket/name.
@@ -39,11 +39,11 @@ def run_directory(text: str) -> Directory:
         return epath.Path(text)
     if is_url(text):
         raise ValueError(
-            f"--workdir: got {text}; wanted gs://bucket/name, or a directory of a file system that can append and "
+            f"{flag}: got {text}; wanted gs://bucket/name, or a directory of a file system that can append and "
             "rename (on AWS: FSx for Lustre or EFS): Orbax, which writes the checkpoints, has no other"
         )
     if pathlib.Path(text).is_file():
-        raise ValueError(f"--workdir: got the file {text}; wanted the directory of the run")
+        raise ValueError(f"{flag}: got the file {text}; wanted the directory of the run")
     return pathlib.Path(text).resolve()
 
 

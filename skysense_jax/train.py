@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from skysense_jax import (
     checkpoint,
+    compiler,
     dry_run,
     measure,
     metrics,
@@ -34,7 +35,7 @@ from skysense_jax.feed import prefetch
 from skysense_jax.launch.roll_call import StartError
 from skysense_jax.launch.start import started
 from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
-from skysense_jax.monitor import Journal, Limits, Monitor, WentWrong, continued
+from skysense_jax.monitor import Limits, Monitor, WentWrong, continued
 from skysense_jax.train_state import TrainState, abstract_state, boxed_state, create_state, jit_step
 
 _CONFIG = config_lib.define_flag()
@@ -93,8 +94,10 @@ def train(
             checkpoints,
             abstract,
             source,
-            functools.partial(create_state, run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh),
-            check_meta=functools.partial(resume.check_same_run, now=meta, config=config, accepted=accept),
+            new=functools.partial(create_state, run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh),
+            config=config,
+            facts_now=meta,
+            accepted=accept,
             init_from=init_from,
         )
         last_step = config.optim.num_steps
@@ -133,8 +136,10 @@ def train(
                 files.send()
 
         # ---- loop
-        step_fn, norms_fn = jit_step(run.step, boxed, mesh), jax.jit(functools.partial(run.norms, boxed.student))
-        norms = Journal(files.path, "norms")
+        step_fn = jit_step(run.step, boxed, mesh)
+        norms_fn = jax.jit(
+            functools.partial(run.norms, boxed.student), compiler_options=compiler.options(jax.devices()[0].platform)
+        )
         course = resume.Course(
             start,
             state,
@@ -151,14 +156,14 @@ def train(
                 if step == start + 1:
                     dry_run.check_element(element, shapes, num_samples=len(places))
                 if _due(step, config.run.norms_every_steps):
-                    norms.write(step, **jax.tree.map(float, jax.device_get(norms_fn(course.state, batch))))
-                    monitor.clock.restart(step + 1)
+                    with monitor.clock.left_out():
+                        monitor.keep_norms(step, jax.device_get(norms_fn(course.state, batch)))
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
                 if _due(step, config.eval.probe_every_steps):
-                    scores = outputs.probe(config, run, {"teacher": course.state.teacher})["teacher"]
+                    with monitor.clock.left_out():
+                        scores = outputs.probe(config, run, {"teacher": course.state.teacher})["teacher"]
                     monitor.note(step, {f"probe/{name}": value for name, value in scores.items() if value is not None})
-                    monitor.clock.restart(step + 1)
                     score = outputs.mean_miou(scores)
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
@@ -266,13 +271,15 @@ def main(argv: list[str]) -> None:
             raise ValueError("--workdir: got nothing; wanted the directory of the run")
         else:
             workdir = storage.run_directory(_WORKDIR.value)
-            with started(_CONFIG.value, workdir) as stop:
+            init_from = _INIT_FROM.value and storage.run_directory(_INIT_FROM.value, flag="--init_from")
+            same = {"--init_from": _INIT_FROM.value or "", "--accept": ",".join(_ACCEPT.value)}
+            with started(_CONFIG.value, workdir, same_flags=same) as stop:
                 train(
                     _CONFIG.value,
                     workdir,
                     profile_steps=_PROFILE_STEPS.value,
                     accept=_ACCEPT.value,
-                    init_from=None if _INIT_FROM.value is None else storage.run_directory(_INIT_FROM.value),
+                    init_from=init_from,
                     stop=stop,
                 )
     except Stopped as stopped:

@@ -1,6 +1,5 @@
 """What is saved comes back to the bit on any mesh; what is damaged is found, told and passed over."""
 
-import datetime
 import pathlib
 import resource
 import shutil
@@ -14,7 +13,6 @@ from absl import logging
 from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import checkpoint_manager as orbax_manager
 
 from skysense_jax import checkpoint, manifest
 from skysense_jax.checkpoint import Checkpoints, restore_params
@@ -166,36 +164,36 @@ def test_keep_policies_keep_the_newest_and_the_multiples(tmp_path):
     assert checkpoints.steps() == [3, 6, 7, 8]
 
 
+def _save_scored(checkpoints, scores):
+    for step, score in scores.items():
+        checkpoints.save(step, put(make_state(step), (1, 1)), data_state={}, meta={"config": ""}, score=score)
+    checkpoints.wait()
+
+
 def test_keep_best_keeps_the_newest_of_the_best_also_across_a_restart(tmp_path, errors):
     checkpoints = open_run(tmp_path, keep_last=2, keep_best=True)
-    for step, score in enumerate([0.2, 0.7, 0.7, None, 0.1, 0.3], 1):
-        state = put(make_state(step), (1, 1))
-        checkpoints.save(step, state, data_state={}, meta={"config": ""}, score=score)
+    _save_scored(checkpoints, {1: 0.2, 2: 0.7, 3: 0.7, 4: None, 5: 0.1, 6: 0.3})
     checkpoints.close()
     assert checkpoints.steps() == [3, 5, 6]
     (tmp_path / "checkpoints" / "5" / "meta" / "metadata").write_bytes(b"{")  # its score is not known any more
     checkpoints = open_run(tmp_path, keep_last=2, keep_best=True)
-    assert checkpoints.restore_latest(placed(make_state(), (1, 1))).meta == {"config": "", "score": 0.3}
-    for step, score in ((7, 0.6), (8, 0.8), (9, 0.0), (10, 0.0)):
-        checkpoints.save(step, put(make_state(step), (1, 1)), data_state={}, meta={"config": ""}, score=score)
+    assert checkpoints.restore_latest(placed(make_state(), (1, 1))).meta == {"config": ""}
+    _save_scored(checkpoints, {7: 0.6, 8: 0.8})
+    assert checkpoints.steps() == [3, 7, 8]  # the best before stays until the new one has its manifest
+    _save_scored(checkpoints, {9: 0.0, 10: 0.0})
     checkpoints.close()
     assert checkpoints.steps() == [8, 9, 10]
 
 
-def test_keep_by_hours_keeps_what_was_saved_so_long_after_the_last_kept(tmp_path, monkeypatch):
+def test_keep_by_hours_keeps_what_was_saved_so_long_after_the_last_kept_also_across_restarts(tmp_path, monkeypatch):
     hour = 0.0
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.datetime(2026, 1, 1, tzinfo=tz) + datetime.timedelta(hours=hour)
-
-    monkeypatch.setattr(orbax_manager.datetime, "datetime", Clock)
-    checkpoints = open_run(tmp_path, keep_last=2, keep_every_hours=1.0)
+    monkeypatch.setattr(checkpoint.time, "time", lambda: 1.8e9 + 3600 * hour)
     for step, saved_at in enumerate([0.0, 0.4, 0.9, 1.0, 1.5, 2.1, 2.2, 2.3], 1):
         hour = saved_at
+        checkpoints = open_run(tmp_path, keep_last=2, keep_every_hours=1.0)
         save_and_wait(checkpoints, step)
-    checkpoints.close()
+        hour += 0.05  # when its last file is written
+        checkpoints.close()
     assert checkpoints.steps() == [1, 4, 6, 7, 8]
 
 

@@ -94,6 +94,9 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("data.photometric_strength", 3.0, "a number from 0 to 2.5"),
     ("data.scenes.extent_cells", 200, "an integer of 1 to 160"),
     ("eval.first_index", 511, "none of those trained on, 0 to 511"),
+    ("eval.probe_every_steps", 7, "a multiple of config.run.checkpoint_every_steps"),
+    ("run.keep_best", True, "wanted probes, which tell the best"),
+    ("run.keep_every_hours", 0.0001, "wanted 0, or at least 0.01"),
     ("mesh.data", 0, "1 or more, or -1"),
     ("objective.weights.mgcl", -1.0, "a number of 0 or more"),
 ]

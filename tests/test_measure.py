@@ -55,6 +55,21 @@ def test_interval_starts_where_the_first_step_ended_so_that_it_holds_no_compilat
     assert numbers["samples_per_second"] == pytest.approx(3.0)
 
 
+def test_what_is_left_out_is_no_part_of_a_step_and_waits_for_the_one_in_flight(monkeypatch):
+    loop = Loop()
+    waited = []
+    monkeypatch.setattr(measure.jax, "block_until_ready", waited.append)
+    loop.run(2, seconds=2.0, wait=0.5)
+    loop.clock.numbers(1)
+    loop.run(3, seconds=2.0, wait=0.5)
+    with loop.clock.left_out():
+        loop.now += 1000.0
+        loop.free_at += 1000.0
+    ended = loop.run(3, seconds=2.0, wait=0.5)
+    assert loop.clock.numbers(ended)["step_seconds"] == pytest.approx(2.0)
+    assert len(waited) == 1
+
+
 def test_no_interval_no_rates():
     loop = Loop()
     ended = loop.run(2, seconds=2.0, wait=0.5)

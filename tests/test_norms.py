@@ -46,7 +46,9 @@ def test_norms_of_a_step_are_those_of_its_gradient_and_of_its_terms():
     assert abs(total["mgcl"] - total["text_alignment"]) < total["loss"] < total["mgcl"] + total["text_alignment"]
     text = {layer: float(x) for layer, x in looked["gradient"]["text_alignment"].items()}
     assert text["backbone/stage1_0"] > 0
-    assert all(value == 0 for layer, value in text.items() if layer.startswith("head_"))  # prototypes are MGCL's
+    heads = [layer for layer in text if layer.startswith("heads_")]
+    assert len(heads) > 2
+    assert not any(text[layer] for layer in heads)  # prototypes are MGCL's
     students = state.student["backbone"]["stage3"]
     of_first = np.sqrt(sum(float(np.square(np.asarray(leaf)[0]).sum()) for leaf in jax.tree.leaves(students)))
     assert looked["parameters"]["backbone/stage3/0"] == pytest.approx(of_first, rel=1e-5)

@@ -4,6 +4,7 @@ import pytest
 from micro import mono_config
 
 from skysense_jax import resume
+from skysense_jax.launch import stop
 
 
 def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
@@ -12,12 +13,19 @@ def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
     config.data.sources = ((pattern, 1.0),)
     (tmp_path / "a.array_record").write_bytes(b"12345")
     before = resume.run_facts(config)
-    resume.check_same_run(before, resume.run_facts(config), config, accepted=())
+    resume.check_same_run(before, now=resume.run_facts(config), config=config, accepted=())
     assert not caplog.records
     (tmp_path / "b.array_record").write_bytes(b"67")
     now = resume.run_facts(config)
     with pytest.raises(ValueError, match=r"config.data.sources: the files of '.*' are not those .* --accept=data"):
-        resume.check_same_run(before, now, config, accepted=())
-    resume.check_same_run(before, now | {"code": "0 abc"}, config, accepted=("data",))
+        resume.check_same_run(before, now=now, config=config, accepted=())
+    resume.check_same_run(before, now=now | {"code": "0 abc"}, config=config, accepted=("data",))
     assert "going on with other code than before" in caplog.text
     assert "going on with --accept=data" in caplog.text
+
+
+def test_processes_that_agreed_to_stop_do_not_forget_it_where_a_run_goes_back(monkeypatch):
+    monkeypatch.setattr(stop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(stop.multihost_utils, "reached_preemption_sync_point", lambda step: step == 8)
+    told = stop.Stop()
+    assert [told.reached(step) for step in (7, 8, 5, 6)] == [False, True, True, True]

@@ -13,7 +13,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import skysense_jax
@@ -54,15 +54,16 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def collect(*, config_text: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Facts of this process by name. ``config_text``: all fields, a line each; ``sources``: globs or "scenes"."""
+def collect(*, config_text: str, sources: Sequence[str], more_flags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Facts of this process by name. ``config_text``: all fields, a line each; ``sources``: globs or "scenes";
+    ``more_flags``: beside those of the environment."""
     return dict(
         host=host_name(),
         pid=os.getpid(),
         versions=versions(),
         code=code_digest(),
         config=config_text,
-        flags={name: _without_per_host(os.environ.get(name, "")) for name in FLAGS},
+        flags={name: _without_per_host(os.environ.get(name, "")) for name in FLAGS} | dict(more_flags or {}),
         device_files={kind: len(glob.glob(pattern)) for kind, pattern in _DEVICE_FILES.items()},
         sources={name: source_facts(name) for name in sources if name != SCENES},
     )

@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -43,8 +43,12 @@ _SHARED_WAIT_S = 10.0  # for a file to appear on the other hosts
 
 
 @contextlib.contextmanager
-def started(config: ConfigDict, workdir: storage.Directory) -> Iterator[Stop]:
+def started(
+    config: ConfigDict, workdir: storage.Directory, *, same_flags: Mapping[str, str] | None = None
+) -> Iterator[Stop]:
     """All processes of the run, checked and connected; gives what knows whether the run is told to stop.
+
+    ``same_flags``: of the command line, by name, that must be the same on all.
 
     Raises:
       StartError: they cannot start, on every process.
@@ -58,6 +62,7 @@ def started(config: ConfigDict, workdir: storage.Directory) -> Iterator[Stop]:
         facts.collect,
         config_text=config_lib.flat_text(config),
         sources=tuple(name for name, _ in config.data.sources),
+        more_flags=same_flags or {},
     )
     if placement is None:
         hosts, checked = [facts.host_name()], _check_alone(known(), workdir)

@@ -24,7 +24,7 @@ class Stop:
     """Whether the run was told to stop; ``listen`` starts to hear the signals, in the main thread only."""
 
     def __init__(self):
-        self._told, self._asked = threading.Event(), 0
+        self._told, self._reached = threading.Event(), False
 
     def listen(self) -> None:
         """From here on the signals no longer end this process at once."""
@@ -40,9 +40,12 @@ class Stop:
         self._told.set()
 
     def reached(self, step: int) -> bool:
-        """Whether the run is to stop behind ``step``: the same on all processes. Asked once for every step."""
-        del step  # it falls where a run goes back; what processes agree on may only grow
-        self._asked += 1
+        """Whether the run is to stop behind ``step`` or was before: the same on all processes. Asked once a step.
+
+        Orbax asks JAX the same with the run's own steps, and there is one counter for both.
+        """
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._told.is_set()
+            self._reached |= multihost_utils.reached_preemption_sync_point(step)
+        else:
+            self._reached = self._told.is_set()
+        return self._reached

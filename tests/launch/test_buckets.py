@@ -194,7 +194,7 @@ def test_bucket_that_refuses_to_be_read_is_no_damage(run, emulator, where, statu
 def test_bucket_that_refuses_a_write_is_told_and_the_checkpoint_before_stays(run, emulator, errors, monkeypatch):
     checkpoints = cases.saved_run(run, steps=(1,))
     monkeypatch.setattr(checkpoint, "_SHOWS_UP_S", 0.5)
-    emulator.refusing.append([r"upload.*2.*state", 403, 1000])
+    emulator.refusing.append([r"upload.*checkpoints%2F2.*state", 403, 1000])
     try:
         with pytest.raises(Exception, match=r"PERMISSION_DENIED|403|Forbidden"):
             cases.save_and_wait(checkpoints, 2)
@@ -208,7 +208,7 @@ def test_bucket_that_refuses_a_write_is_told_and_the_checkpoint_before_stays(run
 
 
 def test_bucket_that_does_not_answer_for_a_while_is_asked_again(run, emulator):
-    emulator.refusing.append([r"upload.*1.*state", 503, 3])
+    emulator.refusing.append([r"upload.*checkpoints%2F1.*state", 503, 3])
     cases.saved_run(run, steps=(1,)).close()
     assert emulator.refusing.pop()[2] == 0
     cases.assert_bits_equal(_restored(run).state, cases.make_state(1))

@@ -25,6 +25,7 @@ def _config():
     config = get_config()
     config.run.update(checkpoint_every_steps=_LEG, keep_last=9)
     config.optim.num_steps = _STEPS
+    config.mesh.fsdp = 4
     return config
 
 
@@ -54,15 +55,15 @@ def _here(monkeypatch, workdir, stop_behind):
     return read
 
 
-def _elsewhere(start, workdir, records, devices, stop_after):
+def _elsewhere(start, workdir, records, *, devices, fsdp, stop_after):
     """The same of processes that share ``devices``, and the step that they stopped behind; 0: they go to the end."""
-    config = [f"--config.optim.num_steps={_STEPS}", f"--config.run.checkpoint_every_steps={_LEG}"]
+    fields = dict(optim__num_steps=_STEPS, run__checkpoint_every_steps=_LEG, run__keep_last=9, mesh__fsdp=fsdp)
+    config = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
     own = [
         [
             str(records / f"{i}.json"),
             "--config=tests/launch/nano.py",
             f"--workdir={workdir}",
-            "--config.run.keep_last=9",
             *config,
         ]
         for i in range(len(devices))
@@ -103,11 +104,12 @@ def _numbers(workdir, step):
 
 
 def test_samples_and_five_steps_after_each_restore_are_those_of_a_straight_run(start, emulator, tmp_path, monkeypatch):
-    """Devices 8, 4, 2 and 8, processes 1, 4, 2 and 1; each leg takes five steps or more, the last what is left."""
+    """Devices 8, 4, 2 and 8, processes 1, 4, 2 and 1, shards 4, 1, 1 and 8; each leg takes five steps or more, the last
+    what is left."""
     bucket = epath.Path("gs://bucket/chain")
     read, ends = _here(monkeypatch, bucket, _LEG), [_LEG]
-    for devices, stop_after in (((1, 1, 1, 1), _LEG - 1), ((1, 1), _LEG - 1), ((8,), 0)):
-        of_leg, stopped = _elsewhere(start, bucket, tmp_path, devices, stop_after)
+    for devices, fsdp, stop_after in (((1, 1, 1, 1), 1, _LEG - 1), ((1, 1), 1, _LEG - 1), ((8,), 8, 0)):
+        of_leg, stopped = _elsewhere(start, bucket, tmp_path, devices=devices, fsdp=fsdp, stop_after=stop_after)
         read = read[: ends[-1]] + of_leg
         ends.append(stopped)
     assert ends[-1] == _STEPS > ends[2] >= ends[1] + _LEG >= 3 * _LEG
