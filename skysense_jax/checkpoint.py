@@ -183,8 +183,9 @@ class Checkpoints:
         if json.loads(json.dumps(data_state)) != data_state:
             raise ValueError(f"data_state {data_state!r} does not survive JSON; wanted dicts with string keys, lists")
         self.wait()
-        kept = self._preserved.notes[step] = _of_first_process(score)
         digests = tree_digests(state)
+        # behind the digests, for which the step has to be done: on CPUs what processes exchange must not overtake it
+        kept = self._preserved.notes[step] = _of_first_process(score)
         leaves = {path: [shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
         saving = self._manager.save(
             step,

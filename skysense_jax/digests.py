@@ -54,5 +54,8 @@ def tree_digests(tree: Any) -> dict[str, int]:
     digests = {}
     for path, leaf in named_leaves(tree).items():
         leaf = jnp.asarray(leaf)
-        digests[path] = _digest_on(leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None)(leaf)
+        digest = _digest_on(leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None)(leaf)
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(digest)  # its devices share threads: hundreds of exchanges at once wait for ever
+        digests[path] = digest
     return {path: int(digest) for path, digest in jax.device_get(digests).items()}

@@ -137,6 +137,7 @@ class Course:
         if self._rewinds == 0:
             raise RuntimeError(f"{wrong}, once more (config.run.watch.spike_rewinds)") from wrong
         self._rewinds -= 1
+        jax.block_until_ready(self.state)  # on CPUs what processes exchange must not overtake a step
         self.state = None  # before another takes its place
         restored = checkpoints.restore_before(wrong.spike.first_step, abstract)
         if restored is None:
