@@ -57,11 +57,12 @@ def main() -> None:
             checkpoints.wait()
             rows.append((blocked, time.process_time() - cpu, time.perf_counter() - saved))
         for blocked, cpu, seconds in rows[1:]:  # the first compiles the digests
-            share = (blocked + cpu) / (blocked + given.every * step_s) if step_s else float("nan")
-            print(
-                f"save: blocked {blocked:.2f} s, behind it {seconds:.2f} s with {cpu:.2f} CPU seconds; "
-                f"{share:.2%} of {given.every} steps of {step_s:.2f} s"
-            )
+            print(f"save: blocked {blocked:.2f} s, behind it {seconds:.2f} s with {cpu:.2f} CPU seconds", end="; ")
+            if step_s:
+                share = (blocked + cpu) / (blocked + given.every * step_s)
+                print(f"{share:.2%} of {given.every} steps of {step_s:.2f} s")
+            else:
+                print(f"2 % of {given.every} steps of {(blocked + cpu) / 0.02 / given.every:.2f} s")
         newest = pathlib.Path(folder) / "checkpoints" / str(given.saves + 1)
         print(f"verification: files {_seconds(lambda: manifest.problem(newest)):.2f} s, ", end="")
         print(f"arrays {_seconds(lambda: tree_digests(state)):.2f} s; ", end="")
