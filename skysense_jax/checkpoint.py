@@ -10,6 +10,7 @@ digests.py, manifest.py.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import threading
 import time
@@ -40,6 +41,7 @@ from skysense_jax.trees import named_leaves
 
 _MARKER = "commit_success.txt"  # Orbax's last file
 _LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
+_UNKNOWN = dict(saved_s=0, score=None)
 _ASIDE = {
     "damaged": "Checkpoints that did not verify.\n",
     "unfinished": "Checkpoints that the run was killed in.\n",
@@ -102,17 +104,17 @@ class _Preserved:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         steps, kept, last = [saved.step for saved in checkpoints], set(), None
-        for step in steps if self.every_s else ():
-            at = self.notes.get(step, {}).get("saved_s")
-            if at is not None and (last is None or at - last >= self.every_s):
+        known = [step for step in steps if step in self.notes]
+        for step in known if self.every_s else ():
+            at = self.notes[step]["saved_s"]
+            if last is None or at - last >= self.every_s:
                 kept.add(step)
                 last = at
-        scored = [
-            (self.notes[step]["score"], step) for step in steps if self.notes.get(step, {}).get("score") is not None
-        ]
-        if self.best and scored:
-            # the newest of equals; while it is being written, also the best before it
-            kept |= {max(scored)[1], max([of_step for of_step in scored if of_step[1] != steps[-1]] or scored)[1]}
+        scored = [(self.notes[step]["score"], step) for step in known if self.notes[step]["score"] is not None]
+        before = [of_step for of_step in scored if of_step[1] != steps[-1]]
+        for best in (max(scored, default=None), max(before, default=None)) if self.best else ():
+            if best is not None:  # the newest of equals; while it is being written, also the best before it
+                kept.add(best[1])
         return [step in kept for step in steps]
 
 
@@ -147,9 +149,17 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
-        for step in self.steps():
-            with contextlib.suppress(DamagedError):  # what cannot be read is kept for nothing
-                self._preserved.notes[step] = read_notes(self._manager, step)["meta"]["kept"]
+        if (keep_every_hours or keep_best) and self.steps():
+            self._read_preserved()
+
+    def _read_preserved(self) -> None:
+        """What process 0 can read of the checkpoints of before; the rest is kept for nothing."""
+        steps = self.steps()
+        read = [_UNKNOWN] * len(steps)
+        for i, step in enumerate(steps if jax.process_index() == 0 else ()):
+            with contextlib.suppress(DamagedError):
+                read[i] = read_notes(self._manager, step)["meta"]["kept"]
+        self._preserved.notes |= {step: note for step, note in zip(steps, _of_process_0(read)) if note != _UNKNOWN}
 
     def maybe_save(
         self,
@@ -185,7 +195,8 @@ class Checkpoints:
         self.wait()
         digests = tree_digests(state)
         # behind the digests, for which the step has to be done: on CPUs what processes exchange must not overtake it
-        kept = self._preserved.notes[step] = _of_first_process(score)
+        (kept,) = _of_process_0([dict(saved_s=int(time.time()), score=score)])
+        self._preserved.notes[step] = kept
         leaves = {path: [shape_text(leaf), digests[path]] for path, leaf in named_leaves(state).items()}
         saving = self._manager.save(
             step,
@@ -288,11 +299,12 @@ class Checkpoints:
             self._manager.close()
 
 
-def _of_first_process(score: float | None) -> dict[str, Any]:
-    """When a checkpoint was saved, and its score: as process 0 has them, since all must keep the same ones."""
-    mine = np.asarray([time.time()], np.uint32), np.asarray([np.nan if score is None else score], np.float32)
-    (saved_s,), (score,) = multihost_utils.broadcast_one_to_all(mine)
-    return dict(saved_s=int(saved_s), score=float(score) if np.isfinite(score) else None)
+def _of_process_0(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """When checkpoints were saved, and their scores, as process 0 has them: all processes must keep the same ones."""
+    saved_s = np.asarray([note["saved_s"] for note in notes], np.uint32)
+    scores = np.asarray([np.nan if note["score"] is None else note["score"] for note in notes], np.float32)
+    told = zip(*(array.tolist() for array in multihost_utils.broadcast_one_to_all((saved_s, scores))))
+    return [dict(saved_s=saved_s, score=score if math.isfinite(score) else None) for saved_s, score in told]
 
 
 def restore_params(

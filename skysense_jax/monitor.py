@@ -89,13 +89,16 @@ class Monitor:
         spikes: watch.LossSpikes,
         collapses: watch.Collapses,
         pipeline: Pipeline,
-        writers: metrics.Writers,
+        open_writers: Callable[..., metrics.Writers],
+        start: int,
         directory: pathlib.Path,
     ):
+        """``open_writers``: called with ``resumed_step``, at ``start`` and wherever the run goes back to."""
         self._num_steps, self._limits, self.clock = num_steps, limits, clock
         self._spikes, self._collapses = spikes, collapses
         self._notes: tuple[int, dict[str, float]] = (0, {})
-        self._pipeline, self._writers = pipeline, writers
+        self._pipeline, self._open_writers = pipeline, open_writers
+        self._writers = open_writers(resumed_step=start)
         self._events, self._quarantine, self._norms = (
             Journal(directory, name) for name in (_EVENTS, _QUARANTINE, _NORMS)
         )
@@ -136,7 +139,7 @@ class Monitor:
         self._write_all()
         self.clock.restart(step + 1)
 
-    def go_back(self, step: int, wrong: WentWrong, open_writers: Callable[..., metrics.Writers]) -> None:
+    def go_back(self, step: int, wrong: WentWrong) -> None:
         """The run has gone back to ``step``: numbers of later ones are dropped, their events stay."""
         spike = wrong.spike
         told = f"{wrong}: back to step {step}, past the data of the steps since"
@@ -144,7 +147,7 @@ class Monitor:
         self.event(spike.last_step, "went back", to_step=step)
         self._buffer.flush()
         self._writers.close()
-        self._writers = open_writers(resumed_step=step)
+        self._writers = self._open_writers(resumed_step=step)
         self.clock.restart(step + 2)
 
     def close_writers(self) -> None:

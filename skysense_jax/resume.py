@@ -82,9 +82,9 @@ def first_state(
         if init_from is not None:
             logging.info("--init_from is not looked at: the run has begun, and goes on from its own checkpoint")
         source.set_state(restored.data_state)
-        return restored.step, restored.state, "the newest checkpoint that verifies"
+        return _told(restored.step, restored.state, "the newest checkpoint that verifies", config)
     if init_from is None:
-        return 0, new(), "a new state"
+        return _told(0, new(), "a new state", config)
 
     def check_same_network(meta: dict[str, Any]) -> None:
         if refused := config_lib.compare(meta["config"], config).refused:
@@ -99,7 +99,16 @@ def first_state(
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--init_from: {str(error).removeprefix('--workdir: ')}") from error
     state = new().replace(student=taken.state, teacher=jax.tree.map(jnp.copy, taken.state))
-    return 0, state, f"the teacher of step {taken.step} in {init_from}"
+    return _told(0, state, f"the teacher of step {taken.step} in {init_from}", config)
+
+
+def _told(step: int, state: TrainState, origin: str, config: ConfigDict) -> tuple[int, TrainState, str]:
+    logging.info("starting at step %d of %d, from %s", step, config.optim.num_steps, origin)
+    if step < config.optim.num_steps:
+        logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
+    else:
+        logging.info("no step is left: pictures and probe only; raise config.optim.num_steps to go on")
+    return step, state, origin
 
 
 class Course:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -100,26 +100,12 @@ def train(
             accepted=accept,
             init_from=init_from,
         )
-        last_step = config.optim.num_steps
-        logging.info("starting at step %d of %d, from %s", start, last_step, origin)
-        if start < last_step:
-            logging.info("the first step compiles: minutes on a CPU, less from a cache (JAX_COMPILATION_CACHE_DIR)")
-        else:
-            logging.info("no step is left: pictures and probe only; raise config.optim.num_steps to go on")
 
         # ---- outputs
-        settings = dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines())
         first = jax.process_index() == 0
         files = storage.SmallFiles(workdir, fetch=(*continued(), *(metrics.CONTINUED if first else ())))
         stack.callback(files.close)
-        open_writers = functools.partial(
-            metrics.open_writers,
-            files.path,
-            tensorboard=config.run.tensorboard,
-            wandb_project=config.run.wandb_project,
-            settings=settings,
-        )
-        monitor = _monitor(config, run, pipeline, open_writers(resumed_step=start), files.path)
+        monitor = _monitor(config, run, pipeline, _open_writers(config, files.path), start=start, directory=files.path)
         stack.callback(monitor.close_writers)
         monitor.event(start, "started", origin=origin)
         if first:
@@ -136,7 +122,7 @@ def train(
                 files.send()
 
         # ---- loop
-        step_fn = jit_step(run.step, boxed, mesh)
+        last_step, step_fn = config.optim.num_steps, jit_step(run.step, boxed, mesh)
         norms_fn = jax.jit(
             functools.partial(run.norms, boxed.student), compiler_options=compiler.options(jax.devices()[0].platform)
         )
@@ -152,7 +138,7 @@ def train(
         while course.step < last_step:
             try:
                 batch, element = course.take()
-                step, score = course.step, None
+                step = course.step
                 if step == start + 1:
                     dry_run.check_element(element, shapes, num_samples=len(places))
                 if _due(step, config.run.norms_every_steps):
@@ -160,11 +146,8 @@ def train(
                         monitor.keep_norms(step, jax.device_get(norms_fn(course.state, batch)))
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
-                if _due(step, config.eval.probe_every_steps):
-                    with monitor.clock.left_out():
-                        scores = outputs.probe(config, run, {"teacher": course.state.teacher})["teacher"]
-                    monitor.note(step, {f"probe/{name}": value for name, value in scores.items() if value is not None})
-                    score = outputs.mean_miou(scores)
+                due = _due(step, config.eval.probe_every_steps)
+                score = _probe(config, run, course, monitor) if due else None
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
                 stopping = stop is not None and stop.reached(step)
@@ -175,7 +158,7 @@ def train(
                     checkpoints.wait()
             except WentWrong as wrong:
                 course.go_back(wrong, checkpoints, abstract)
-                monitor.go_back(course.step, wrong, open_writers)
+                monitor.go_back(course.step, wrong)
                 continue
             if stopping:
                 raise Stopped(f"stopped behind step {step}, which is saved")
@@ -191,8 +174,32 @@ def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
+def _probe(config: ConfigDict, run: Run, course: resume.Course, monitor: Monitor) -> float | None:
+    """Probes the teacher on the way; its numbers go with the step's, its mean IoU tells the best checkpoint."""
+    with monitor.clock.left_out():
+        scores = outputs.probe(config, run, {"teacher": course.state.teacher})["teacher"]
+    monitor.note(course.step, {f"probe/{name}": value for name, value in scores.items() if value is not None})
+    return outputs.mean_miou(scores)
+
+
+def _open_writers(config: ConfigDict, directory: pathlib.Path) -> Callable[..., metrics.Writers]:
+    return functools.partial(
+        metrics.open_writers,
+        directory,
+        tensorboard=config.run.tensorboard,
+        wandb_project=config.run.wandb_project,
+        settings=dict(line.split(" = ", 1) for line in config_lib.flat_text(config).splitlines()),
+    )
+
+
 def _monitor(
-    config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline, writers: metrics.Writers, directory: pathlib.Path
+    config: ConfigDict,
+    run: Run,
+    pipeline: pipeline_lib.Pipeline,
+    open_writers: Callable[..., metrics.Writers],
+    *,
+    start: int,
+    directory: pathlib.Path,
 ) -> Monitor:
     looks_for, model = config.run.watch, config.model
     return Monitor(
@@ -216,7 +223,8 @@ def _monitor(
             from_step=config.optim.warmup_steps,
         ),
         pipeline=pipeline,
-        writers=writers,
+        open_writers=open_writers,
+        start=start,
         directory=directory,
     )
 

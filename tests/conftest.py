@@ -41,6 +41,14 @@ def _same_log_level():
     logging.get_absl_logger().setLevel(_LEVEL)
 
 
+@pytest.fixture
+def errors(monkeypatch):
+    """What is logged as an error, from here on."""
+    told = []
+    monkeypatch.setattr(logging, "error", lambda text, *args, **kwargs: told.append(text % args))
+    return told
+
+
 @pytest.fixture(scope="session")
 def emulator():
     """The server that gs://bucket is, one a process: the libraries keep their connections."""

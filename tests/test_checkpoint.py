@@ -3,88 +3,16 @@
 import pathlib
 import resource
 import shutil
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 from etils import epath
-from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from saved import assert_bits_equal, make_state, open_run, placed, put, save, save_and_wait, saved_run
 
 from skysense_jax import checkpoint, manifest
-from skysense_jax.checkpoint import Checkpoints, restore_params
-from skysense_jax.digests import leaf_digest, tree_digests
-
-
-@struct.dataclass
-class State:
-    step: Any
-    student: Any
-    teacher: Any
-    optimizer: Any
-
-
-def make_state(seed=0, width=8):
-    rng = np.random.default_rng(seed)
-    params = {
-        "stage": {
-            "kernel": rng.standard_normal((16, width)).astype(np.float32),
-            "bias": np.arange(3, dtype=np.float32),
-        },
-        "half": rng.standard_normal((64, 125)).astype(np.float32),
-    }
-    teacher = jax.tree.map(lambda x: 2 * x, params)
-    return State(np.int32(seed), params, teacher, ({"moment": params["half"].astype(jnp.bfloat16)}, ()))
-
-
-def mesh_of(shape):
-    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("data", "fsdp"))
-
-
-def placed(state, shape):
-    """Abstract state on a mesh: matrices over both axes, the rest everywhere."""
-    mesh = mesh_of(shape)
-    spec = lambda x: PartitionSpec("fsdp", "data") if np.ndim(x) == 2 and x.shape[1] == 8 else PartitionSpec()  # noqa: E731
-    as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))  # noqa: E731
-    return jax.tree.map(as_shape, state)
-
-
-def put(state, shape):
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, placed(state, shape))
-
-
-def open_run(workdir, **changes):
-    return Checkpoints(workdir, **{**dict(every_steps=1, keep_last=3, keep_every_steps=1000), **changes})
-
-
-def save(checkpoints, step, state, *, force=False):
-    data_state = {"global_next_index": 8 * step, "nested": {"epochs": [1, 2]}}
-    how = checkpoints.save if force else checkpoints.maybe_save
-    return how(step, state, data_state=data_state, meta={"config": "a = 1\n"})
-
-
-def save_and_wait(checkpoints, step):
-    save(checkpoints, step, put(make_state(step), (1, 1)))
-    checkpoints.wait()
-
-
-def assert_bits_equal(got, want):
-    got, want = ({p: np.asarray(x) for p, x in checkpoint.named_leaves(t).items()} for t in (got, want))
-    assert list(got) == list(want)
-    for path in want:
-        assert (got[path].shape, got[path].dtype) == (want[path].shape, want[path].dtype), path
-        assert got[path].tobytes() == want[path].tobytes(), path
-
-
-def saved_run(workdir, steps=(1, 2), mesh=(1, 1), **changes):
-    checkpoints = open_run(workdir, **changes)
-    for step in steps:
-        assert save(checkpoints, step, put(make_state(step), mesh))
-    checkpoints.wait()
-    return checkpoints
+from skysense_jax.checkpoint import restore_params
 
 
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
@@ -100,13 +28,6 @@ def flip_bytes(path: pathlib.Path, *, places=(0.5,)):
 
 def damage(directory: pathlib.Path):
     flip_bytes(largest_file(directory / "state"))  # arrays: random numbers do not compress, so half-way is payload
-
-
-@pytest.fixture
-def errors(monkeypatch):
-    told = []
-    monkeypatch.setattr(logging, "error", lambda text, *args, **kwargs: told.append(text % args))
-    return told
 
 
 def test_round_trip_over_three_meshes_keeps_every_bit(tmp_path):
@@ -435,53 +356,3 @@ def test_restore_params_damaged_newest_falls_back_without_touching_the_files(tmp
     assert (tmp_path / "checkpoints" / "2").exists()
     with pytest.raises(RuntimeError, match="step 2: "):
         restore_params(tmp_path, shapes, step=2)
-
-
-# ---- digests
-
-
-def digest_by_loops(x: np.ndarray) -> int:
-    """Element by element, with Python's integers."""
-
-    def mix(v):
-        v = (v ^ (v >> 16)) * 0x85EBCA6B % 2**32
-        v = (v ^ (v >> 13)) * 0xC2B2AE35 % 2**32
-        return v ^ (v >> 16)
-
-    words = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
-    return sum(mix(int(word) ^ mix(i + 1)) for i, word in enumerate(words)) % 2**32
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_leaf_digest_equals_loops(dtype):
-    x = (10 * np.random.default_rng(0).standard_normal((3, 5, 2))).astype(jnp.dtype(dtype))
-    assert int(leaf_digest(jnp.asarray(x))) == digest_by_loops(x)
-
-
-def test_leaf_digest_sees_one_bit_a_swap_and_a_sign_of_zero():
-    x = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
-    x[2, 1] = 0.0
-    digest = jax.jit(leaf_digest)
-    seen = {int(digest(x))}
-    for position in range(3):
-        for bit in (0, 13, 31):
-            flipped = x.view(np.uint32).copy()
-            flipped[position, position] ^= np.uint32(1 << bit)
-            seen.add(int(digest(flipped.view(np.float32))))
-    swapped, signed = x.copy(), x.copy()
-    swapped[[0, 1]] = swapped[[1, 0]]
-    signed[2, 1] = -0.0
-    seen |= {int(digest(swapped)), int(digest(signed))}
-    assert len(seen) == 1 + 9 + 2
-
-
-def test_tree_digests_do_not_depend_on_the_mesh():
-    state = make_state(3)
-    digests = [tree_digests(put(state, shape)) for shape in ((1, 1), (2, 4), (4, 2))]
-    assert digests[0] == digests[1] == digests[2]
-    assert "optimizer/0/moment" in digests[0]
-
-
-def test_leaf_digest_unknown_width_is_refused():
-    with pytest.raises(ValueError, match="dtype complex64 has no digest"):
-        leaf_digest(jnp.zeros(3, jnp.complex64))

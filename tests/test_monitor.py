@@ -28,7 +28,8 @@ class _Pipeline(train.pipeline_lib.Pipeline):
 def _monitor(directory, sinks=(), **fields):
     config = mono_config()
     config.run.update(fields)
-    return train._monitor(config, assembled_once(config), _Pipeline(), metrics.Writers(sinks), directory)
+    writers = lambda resumed_step: metrics.Writers(sinks)  # noqa: E731
+    return train._monitor(config, assembled_once(config), _Pipeline(), writers, start=0, directory=directory)
 
 
 def _element(bad=(-1,)):

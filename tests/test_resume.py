@@ -4,7 +4,6 @@ import pytest
 from micro import mono_config
 
 from skysense_jax import resume
-from skysense_jax.launch import stop
 
 
 def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
@@ -22,10 +21,3 @@ def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
     resume.check_same_run(before, now=now | {"code": "0 abc"}, config=config, accepted=("data",))
     assert "going on with other code than before" in caplog.text
     assert "going on with --accept=data" in caplog.text
-
-
-def test_processes_that_agreed_to_stop_do_not_forget_it_where_a_run_goes_back(monkeypatch):
-    monkeypatch.setattr(stop.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(stop.multihost_utils, "reached_preemption_sync_point", lambda step: step == 8)
-    told = stop.Stop()
-    assert [told.reached(step) for step in (7, 8, 5, 6)] == [False, True, True, True]

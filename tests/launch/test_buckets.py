@@ -8,8 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import test_checkpoint as cases
-from absl import logging
+import saved as cases
 from etils import epath
 from micro import assembled_once, created_once
 from nano import get_config
@@ -125,13 +124,6 @@ def test_small_files_that_changed_are_copied_and_kept_if_they_cannot_be(run, mon
 
 
 # ---- checkpoints that are not whole
-
-
-@pytest.fixture
-def errors(monkeypatch):
-    told = []
-    monkeypatch.setattr(logging, "error", lambda text, *args, **kwargs: told.append(text % args))
-    return told
 
 
 def _restored(run, mesh=(1, 1)):
