@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from saved import assert_bits_equal, make_state, open_run, placed, put, save, save_and_wait, saved_run
+from states import assert_bits_equal, make_state, open_run, placed, put, save, save_and_wait, saved_run
 
 from skysense_jax import checkpoint, manifest
 from skysense_jax.checkpoint import restore_params

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saved import make_state, put
+from states import make_state, put
 
 from skysense_jax.digests import leaf_digest, tree_digests
 

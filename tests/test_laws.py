@@ -322,6 +322,12 @@ def test_names_taken_from_our_modules_exist(folder):
     assert not missing
 
 
+def test_no_two_test_modules_have_one_name():
+    """pytest puts every folder of the tests on the path: of two helpers with one name, one hides the other."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_no_machine_paths_in_the_repository():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

@@ -30,7 +30,7 @@ def model_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory) -> pathlib.Path:
-    """The run of saved.py."""
+    """The run of export/saved.py."""
     workdir = tmp_path_factory.mktemp("run")
     save_run(workdir)
     return workdir

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import saved as cases
+import states
 from etils import epath
 from micro import assembled_once, created_once
 from nano import get_config
@@ -127,16 +127,16 @@ def test_small_files_that_changed_are_copied_and_kept_if_they_cannot_be(run, mon
 
 
 def _restored(run, mesh=(1, 1)):
-    opened = cases.open_run(run)
+    opened = states.open_run(run)
     try:
-        return opened.restore_latest(cases.placed(cases.make_state(), mesh))
+        return opened.restore_latest(states.placed(states.make_state(), mesh))
     finally:
         opened.close()
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "no arrays", "no meta"])
 def test_damaged_checkpoint_in_a_bucket_is_moved_aside(run, errors, damage):
-    cases.saved_run(run).close()
+    states.saved_run(run).close()
     newest = run / "checkpoints" / "2"
     if damage == "flipped byte":
         largest = max((newest / "state" / "d").iterdir(), key=lambda path: path.stat().length)
@@ -147,7 +147,7 @@ def test_damaged_checkpoint_in_a_bucket_is_moved_aside(run, errors, damage):
         (newest / ("state/manifest.ocdbt" if damage == "no arrays" else "meta/metadata")).unlink()
     restored = _restored(run, (2, 4))
     assert restored.step == 1
-    cases.assert_bits_equal(restored.state, cases.make_state(1))
+    states.assert_bits_equal(restored.state, states.make_state(1))
     assert "is damaged" in errors[0]
     assert _names(run / "checkpoints") == ["1"]
     assert _names(run / "damaged_checkpoints") == ["2", "README"]
@@ -155,25 +155,25 @@ def test_damaged_checkpoint_in_a_bucket_is_moved_aside(run, errors, damage):
 
 
 def test_checkpoint_that_was_not_finished_is_not_taken(run, errors):
-    cases.saved_run(run).close()
+    states.saved_run(run).close()
     (run / "checkpoints" / "2" / "commit_success.txt").unlink()
     assert _restored(run).step == 1
     assert errors == []
 
 
 def test_checkpoint_copied_from_a_directory_into_a_bucket_is_taken(run, tmp_path):
-    cases.saved_run(tmp_path, steps=(1,)).close()
+    states.saved_run(tmp_path, steps=(1,)).close()
     for path in tmp_path.rglob("*"):
         if path.is_file():
             (run / str(path.relative_to(tmp_path))).write_bytes(path.read_bytes())
     restored = _restored(run)
-    cases.assert_bits_equal(restored.state, cases.make_state(1))
+    states.assert_bits_equal(restored.state, states.make_state(1))
 
 
 @pytest.mark.parametrize("where", [r"2%2Fmeta%2Fmetadata", r"2%2Fstate%2Fmanifest"])
 @pytest.mark.parametrize("status", [401, 403])
 def test_bucket_that_refuses_to_be_read_is_no_damage(run, emulator, where, status):
-    cases.saved_run(run).close()
+    states.saved_run(run).close()
     emulator.failing.append((where, status))
     try:
         with pytest.raises(Exception, match=r"Forbidden|PERMISSION_DENIED|401"):
@@ -184,26 +184,26 @@ def test_bucket_that_refuses_to_be_read_is_no_damage(run, emulator, where, statu
 
 
 def test_bucket_that_refuses_a_write_is_told_and_the_checkpoint_before_stays(run, emulator, errors, monkeypatch):
-    checkpoints = cases.saved_run(run, steps=(1,))
+    checkpoints = states.saved_run(run, steps=(1,))
     monkeypatch.setattr(checkpoint, "_SHOWS_UP_S", 0.5)
     emulator.refusing.append([r"upload.*checkpoints%2F2.*state", 403, 1000])
     try:
         with pytest.raises(Exception, match=r"PERMISSION_DENIED|403|Forbidden"):
-            cases.save_and_wait(checkpoints, 2)
+            states.save_and_wait(checkpoints, 2)
     finally:
         assert emulator.refusing.pop()[2] < 1000
     with contextlib.suppress(Exception):
         checkpoints.close()
     restored = _restored(run)
     assert restored.step == 1
-    cases.assert_bits_equal(restored.state, cases.make_state(1))
+    states.assert_bits_equal(restored.state, states.make_state(1))
 
 
 def test_bucket_that_does_not_answer_for_a_while_is_asked_again(run, emulator):
     emulator.refusing.append([r"upload.*checkpoints%2F1.*state", 503, 3])
-    cases.saved_run(run, steps=(1,)).close()
+    states.saved_run(run, steps=(1,)).close()
     assert emulator.refusing.pop()[2] == 0
-    cases.assert_bits_equal(_restored(run).state, cases.make_state(1))
+    states.assert_bits_equal(_restored(run).state, states.make_state(1))
 
 
 # ---- data
