@@ -146,11 +146,11 @@ def train(
                         monitor.keep_norms(step, jax.device_get(norms_fn(course.state, batch)))
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
-                due = _due(step, config.eval.probe_every_steps)
+                stopping = stop is not None and stop.reached(step)
+                due = _due(step, config.eval.probe_every_steps) and not stopping  # a stop has little time
                 score = _probe(config, run, course, monitor) if due else None
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
-                stopping = stop is not None and stop.reached(step)
                 if stopping or step == last_step:
                     monitor.close()
                     files.send()

@@ -13,6 +13,7 @@ from states import assert_bits_equal, make_state, open_run, placed, put, save, s
 
 from skysense_jax import checkpoint, manifest
 from skysense_jax.checkpoint import restore_params
+from skysense_jax.digests import tree_digests
 
 
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
@@ -30,7 +31,9 @@ def damage(directory: pathlib.Path):
     flip_bytes(largest_file(directory / "state"))  # arrays: random numbers do not compress, so half-way is payload
 
 
-def test_round_trip_over_three_meshes_keeps_every_bit(tmp_path):
+@pytest.mark.parametrize("least_slice_bytes", [0, checkpoint._LEAST_SLICE_BYTES])
+def test_round_trip_over_three_meshes_keeps_every_bit(tmp_path, monkeypatch, least_slice_bytes):
+    monkeypatch.setattr(checkpoint, "_LEAST_SLICE_BYTES", least_slice_bytes)
     want = make_state(1)
     checkpoints = open_run(tmp_path)
     assert save(checkpoints, 1, put(want, (2, 4)))
@@ -44,6 +47,19 @@ def test_round_trip_over_three_meshes_keeps_every_bit(tmp_path):
         assert kernel.sharding == placed(want, shape).student["stage"]["kernel"].sharding
         assert save(checkpoints, step, restored.state)
     checkpoints.close()
+
+
+def test_save_compiles_nothing_for_small_arrays_that_many_devices_hold(tmp_path, monkeypatch):
+    state, events = put(make_state(width=24), (2, 4)), []
+    digests = tree_digests(state)
+    monkeypatch.setattr(checkpoint, "tree_digests", lambda saved: digests)
+    listener = lambda event, seconds, **more: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    checkpoints = open_run(tmp_path)
+    assert save(checkpoints, 1, state)
+    checkpoints.close()
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert not [event for event in events if event.endswith("backend_compile_duration")]
 
 
 def test_restore_latest_of_a_fresh_workdir_is_none(tmp_path):

@@ -19,6 +19,7 @@ from skysense_jax import config as config_lib
 from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
+from skysense_jax.launch import stop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -195,6 +196,19 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
     assert told == {1: 0.1, 2: 0.5, 5: 0.3}  # those of 4 and 6 had not been written when the run was stopped
     of_straight = {line["step"]: line["loss"] for line in metrics.read_json_lines(straight[0] / metrics.FILE_NAME)}
     assert {step: line["loss"] for step, line in lines.items()} == {step: of_straight[step] for step in (1, 2, 3, 5)}
+
+
+def test_run_that_is_told_to_stop_saves_without_a_probe(tmp_path, monkeypatch):
+    config = mono_config()
+    config.run.checkpoint_every_steps = 1
+    config.eval.update(probe_every_steps=1, num_train_scenes=2, num_test_scenes=1)
+    probed, told = [], stop.Stop()
+    monkeypatch.setattr(outputs, "probe", lambda *args: probed.append("teacher") or {"teacher": {}})
+    monkeypatch.setattr(told, "reached", lambda step: step >= 2)
+    with pytest.raises(stop.Stopped, match="behind step 2"):
+        _train(config, tmp_path, monkeypatch, stop=told)
+    assert probed == ["teacher"]  # behind step 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 def test_mesh_that_does_not_match_the_devices_is_refused(tmp_path, monkeypatch):
