@@ -144,7 +144,7 @@ def last_state(workdir: pathlib.Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="tests/launch/nano.py")
+    parser.add_argument("--config", default="tests/nano.py")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--processes", type=int, default=1)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from micro import Compiled, mono_config
+from micro import Compiled
+from nano import get_config
 
 from skysense_jax import feed, norms, train, train_state
 from skysense_jax.sharding import LAYERS
@@ -31,9 +32,8 @@ def _box(*names):
 
 
 def test_norms_of_a_step_are_those_of_its_gradient_and_of_its_terms():
-    config = mono_config()
-    config.model.backbone.num_moe_blocks = 0
-    config.objective.weights.update(qsacl=0.0, koleo=0.0, text_alignment=0.5)
+    config = get_config()
+    config.objective.weights.text_alignment = 0.5
     compiled = Compiled(config, jax.devices())
     element, state = next(iter(train.make_pipeline(config))), compiled.state()
     _, metrics = compiled(state, element)

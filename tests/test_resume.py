@@ -1,9 +1,17 @@
-"""What a run may go on from: the same model, and the same files unless told."""
+"""What a run may begin with and go on from: the same model, and the same files unless told."""
 
+from unittest import mock
+
+import jax
+import numpy as np
 import pytest
 from micro import mono_config
+from states import make_state, open_run, placed, put
 
+from skysense_jax import config as config_lib
 from skysense_jax import resume
+from skysense_jax.data.pipeline import PipelineIterator
+from skysense_jax.train_state import TrainState
 
 
 def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
@@ -21,3 +29,36 @@ def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
     resume.check_same_run(before, now=now | {"code": "0 abc"}, config=config, accepted=("data",))
     assert "going on with other code than before" in caplog.text
     assert "going on with --accept=data" in caplog.text
+
+
+def _train_state(seed):
+    made = make_state(seed)
+    return TrainState(made.step, made.student, made.teacher, made.optimizer, made.step, made.step)
+
+
+def test_weights_of_another_run_lie_as_the_new_ones_do_on_its_mesh(tmp_path):
+    config, saved = mono_config(), _train_state(1)
+    other = open_run(tmp_path / "other")
+    other.save(7, put(saved, (1, 1)), data_state={}, meta={"config": config_lib.flat_text(config)})
+    other.close()
+    checkpoints, shapes = open_run(tmp_path / "run"), placed(saved, (2, 4))
+    step, state, origin = resume.first_state(
+        checkpoints,
+        shapes,
+        mock.create_autospec(PipelineIterator, instance=True),
+        new=lambda: put(_train_state(0), (2, 4)),
+        config=config,
+        facts_now={},
+        init_from=tmp_path / "other",
+    )
+    checkpoints.close()
+    assert (step, origin) == (0, f"the teacher of step 7 in {tmp_path / 'other'}")
+    wanted = _train_state(0).replace(student=saved.teacher, teacher=saved.teacher)
+    for leaf, value, shape in zip(*map(jax.tree.leaves, (state, wanted, shapes)), strict=True):
+        np.testing.assert_array_equal(leaf, value)
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+    student, teacher = (
+        {shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
+        for tree in (state.student, state.teacher)
+    )
+    assert not student & teacher  # a step overwrites both

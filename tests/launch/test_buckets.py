@@ -263,7 +263,7 @@ def test_missing_credentials_are_told_at_once(emulator, monkeypatch, tmp_path):
 
 
 def test_command_ends_in_one_line_before_it_compiles(emulator, start):
-    command = ["-m", "skysense_jax.train", "--config=tests/launch/nano.py", "--workdir=gs://no-such-bucket/run"]
+    command = ["-m", "skysense_jax.train", "--config=tests/nano.py", "--workdir=gs://no-such-bucket/run"]
     ((status, text),) = start(1, command)
     assert status == 1, text
     assert "--workdir: gs://no-such-bucket/run: NotFound: " in text

@@ -62,7 +62,7 @@ def _elsewhere(start, workdir, records, *, devices, fsdp, stop_after):
     own = [
         [
             str(records / f"{i}.json"),
-            "--config=tests/launch/nano.py",
+            "--config=tests/nano.py",
             f"--workdir={workdir}",
             *config,
         ]

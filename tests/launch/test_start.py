@@ -2,7 +2,7 @@
 
 import re
 
-CHECK = ["-m", "skysense_jax.preflight", "--config=tests/launch/nano.py", "--start_timeout_s=60"]
+CHECK = ["-m", "skysense_jax.preflight", "--config=tests/nano.py", "--start_timeout_s=60"]
 
 
 def test_command_reports_all_that_differs_and_ends_everywhere(start, tmp_path):
@@ -45,7 +45,7 @@ def test_mesh_that_does_not_fit_is_told_before_anything_is_written(start, tmp_pa
 
 
 def test_process_that_fails_ends_at_once_and_the_others_after_the_heartbeat(start, tmp_path):
-    flags = ["--config=tests/launch/nano.py", f"--workdir={tmp_path}", "--heartbeat_timeout_s=10"]
+    flags = ["--config=tests/nano.py", f"--workdir={tmp_path}", "--heartbeat_timeout_s=10"]
     (waiting, _), (failed, text) = start(2, ["tests/launch/run_failing.py", *flags], timeout_s=150)
     assert failed == 1
     assert "the disk of this process is full" in text

@@ -71,7 +71,7 @@ export XLA_FLAGS="--xla_force_host_platform_device_count=1 --xla_backend_optimiz
 steps=${STEPS:-40}
 submit() { # NAME: submits a run of its own working directory, prints the job's number
   sbatch --parsable --nodes=1 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=0 --time=60 \
-    --output="$work/$1.log" "$root/launch/slurm.sbatch" --config=tests/launch/nano.py --workdir="$work/run-$1" \
+    --output="$work/$1.log" "$root/launch/slurm.sbatch" --config=tests/nano.py --workdir="$work/run-$1" \
     --config.optim.num_steps="$steps" --config.run.checkpoint_every_steps=5 --config.run.input_workers=1
 }
 saved() { # NAME: the newest step that is saved
