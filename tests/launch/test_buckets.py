@@ -1,6 +1,7 @@
 """Runs and data in gs://bucket, against a server on loopback; addresses and buckets that cannot be used."""
 
 import contextlib
+import dataclasses
 import pathlib
 import re
 import sys
@@ -53,8 +54,9 @@ def _steps(run):
 
 def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run, tmp_path, monkeypatch):
     config = get_config()
-    config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True)
-    monkeypatch.setattr(train, "assemble", assembled_once)
+    config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True, norms_every_steps=1)
+    norms = lambda boxed, state, batch: {"gradient": {"loss": {"a": 1.0 * state.step}}}  # noqa: E731
+    monkeypatch.setattr(train, "assemble", lambda config: dataclasses.replace(assembled_once(config), norms=norms))
     monkeypatch.setattr(train, "create_state", created_once)
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "write_pictures", lambda *args: None)
@@ -62,7 +64,7 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
         with pytest.raises(Stopped):
             train.train(config, run, stop=_StopBehind(1))
     assert _names(run / "checkpoints") == ["1"]
-    assert _names(run) == ["checkpoints", "config.txt", "events.jsonl", "metrics.jsonl", "tensorboard"]
+    assert _names(run) == ["checkpoints", "config.txt", "events.jsonl", "metrics.jsonl", "norms.jsonl", "tensorboard"]
 
     # what a kill right behind a checkpoint would leave
     numbers, save = {}, checkpoint.Checkpoints.save
@@ -83,6 +85,8 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     assert losses[0] == losses[1]
     assert _steps(run) == [1, 2, 3, 4]
     assert len(metrics.read_json_lines(run / "events.jsonl")) == 2  # of both starts
+    looked = [(line["step"], line["gradient"]["loss"]["a"]) for line in metrics.read_json_lines(run / "norms.jsonl")]
+    assert looked == [(1, 0), (2, 1), (3, 2), (4, 3)]  # before each step
     assert _names(run / "checkpoints") == ["2", "4"]
     assert {"views.png", "curves.png"} <= set(_names(run / "pictures"))
     assert len(_names(run / "tensorboard")) == 2  # a file a start
