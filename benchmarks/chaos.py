@@ -67,18 +67,26 @@ def wait(running: list[subprocess.Popen], seconds: float) -> list[int | None]:
     return [process.poll() for process in running]
 
 
-def reached(workdir: pathlib.Path) -> tuple[int, int]:
-    """(newest step in the metrics, newest step that has a whole checkpoint), 0 where there is none."""
+def sealed(workdir: pathlib.Path) -> int:
+    """The newest step that has a whole checkpoint, 0 if there is none."""
+    return max((int(path.parent.name) for path in (workdir / "checkpoints").glob("*/MANIFEST.json")), default=0)
+
+
+def reached(workdir: pathlib.Path, *, since: float) -> int:
+    """The newest step in the metrics if they were written to ``since`` (seconds since 1970), else 0.
+
+    A start takes back what a killed run had written behind its checkpoint: before, nothing is known of the start.
+    """
     path = workdir / metrics.FILE_NAME
-    lines = metrics.read_json_lines(path) if path.exists() else []
-    sealed = [int(path.parent.name) for path in (workdir / "checkpoints").glob("*/MANIFEST.json")]
-    return max((line["step"] for line in lines), default=0), max(sealed, default=0)
+    if not path.exists() or path.stat().st_mtime < since:
+        return 0
+    return max((line["step"] for line in metrics.read_json_lines(path)), default=0)
 
 
-def _until_steps(running: list[subprocess.Popen], workdir: pathlib.Path, step: int, more_s: float) -> None:
+def _until_steps(running: list[subprocess.Popen], workdir: pathlib.Path, step: int, *, since: float, more_s: float):
     """Waits until the run has written the numbers of ``step``, and a little more, or has ended."""
     deadline = time.monotonic() + _LONGEST_S
-    while reached(workdir)[0] < step and None in wait(running, 0.1) and time.monotonic() < deadline:
+    while reached(workdir, since=since) < step and None in wait(running, 0.1) and time.monotonic() < deadline:
         pass
     wait(running, more_s)
 
@@ -91,10 +99,11 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
     """
     rng, rows = random.Random(seed), []
     while True:
+        began, left = time.time(), kills - len(rows)
         running = start(config, workdir, processes=processes, steps=steps)
-        left = kills - len(rows)
         if left > 0 and rng.random() < 0.75:
-            _until_steps(running, workdir, reached(workdir)[1] + rng.randint(1, 2 * _EVERY), rng.uniform(0.0, 1.0))
+            step = min(sealed(workdir) + rng.randint(1, 2 * _EVERY), steps)
+            _until_steps(running, workdir, step, since=began, more_s=rng.uniform(0.0, 1.0))
             statuses = wait(running, 0.0)
         else:
             statuses = wait(running, rng.uniform(0.0, longest) if left > 0 else _LONGEST_S)
@@ -111,7 +120,7 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
                 shutil.rmtree(workdir / "checkpoints" / str(step))
             continue
         victim, kind = rng.choice(running), (signal.SIGKILL, signal.SIGTERM)[len(rows) % 2]
-        step, _ = reached(workdir)
+        step = reached(workdir, since=began)
         victim.send_signal(kind)
         told = time.monotonic()
         statuses = wait(running, _LONGEST_S if kind == signal.SIGTERM else 12 * _HEARTBEAT_S)
@@ -125,7 +134,7 @@ def chaos(config: str, workdir: pathlib.Path, *, kills: int, processes: int, ste
         if processes > 1 and (kind == signal.SIGKILL or -kind in statuses):
             allowed |= {1, -signal.SIGABRT}  # the others miss the one that is gone
         unexpected = [status for status in statuses if status is not None and status not in allowed]
-        again = max(step - reached(workdir)[1], 0)
+        again = max(step - sealed(workdir), 0)
         rows.append(dict(kind=kind.name, at_step=step, again=again, ends_s=took, hung=hung, unexpected=unexpected))
 
 
@@ -166,10 +175,11 @@ def main() -> None:
         again = [row["again"] for row in of_kind]
         seconds = sorted(row["ends_s"] for row in of_kind)
         if of_kind:
+            steps = [row["at_step"] for row in of_kind if row["at_step"]]
             print(
-                f"{kind}: {len(of_kind)} kills, at steps {min(row['at_step'] for row in of_kind)} to "
-                f"{max(row['at_step'] for row in of_kind)}; steps again: mean {sum(again) / len(again):.1f}, most "
-                f"{max(again)}; all ended within {seconds[-1]:.1f} s, median {seconds[len(seconds) // 2]:.1f}"
+                f"{kind}: {len(of_kind) - len(steps)} kills before the first step, {len(steps)} behind steps {min(steps, default=0)} "
+                f"to {max(steps, default=0)}; steps again: mean {sum(again) / len(again):.1f}, most {max(again)}; all ended within "
+                f"{seconds[-1]:.1f} s, median {seconds[len(seconds) // 2]:.1f}"
             )
     wrong = [row for row in rows if row["hung"] or row["unexpected"]]
     print(f"hung or ended otherwise than told: {len(wrong)} {wrong or ''}")
