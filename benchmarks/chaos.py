@@ -175,11 +175,11 @@ def main() -> None:
         again = [row["again"] for row in of_kind]
         seconds = sorted(row["ends_s"] for row in of_kind)
         if of_kind:
-            at = [row["at_step"] for row in of_kind if row["at_step"]] or [0]
+            at = [row["at_step"] for row in of_kind if row["at_step"]]
             print(
-                f"{kind}: {len(of_kind)} kills, {sum(not row['at_step'] for row in of_kind)} of them before the first step "
-                f"of a start, others behind steps {min(at)} to {max(at)}; steps again: mean {sum(again) / len(again):.1f}, "
-                f"most {max(again)}; all ended within {seconds[-1]:.1f} s, median {seconds[len(seconds) // 2]:.1f}"
+                f"{kind}: {len(of_kind) - len(at)} kills before the first step of a start, {len(at)} behind steps "
+                f"{min(at, default=0)} to {max(at, default=0)}; steps again: mean {sum(again) / len(again):.1f}, most "
+                f"{max(again)}; all ended within {seconds[-1]:.1f} s, median {seconds[len(seconds) // 2]:.1f}"
             )
     wrong = [row for row in rows if row["hung"] or row["unexpected"]]
     print(f"hung or ended otherwise than told: {len(wrong)} {wrong or ''}")
