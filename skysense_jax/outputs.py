@@ -1,8 +1,9 @@
 """What a run shows of itself: pictures, and the linear probe of its teacher on held-out procedural scenes.
 
-Every process calls these; process 0 writes. Next: eval/pictures.py, eval/probes.py.
+Next: eval/pictures.py, eval/probes.py.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -25,76 +26,78 @@ from skysense_jax.train_state import TrainState, create_state
 _PICTURED = 3  # samples in a picture
 
 
-def write_pictures(
-    config: ConfigDict,
-    run: Run,
-    pipeline: pipeline_lib.Pipeline,
-    params: Any,
-    element: dict[str, Any],
-    workdir: pathlib.Path,
-) -> None:
-    """Writes WORKDIR/pictures anew. ``params``: the teacher's; ``element``: any host batch. Every process calls it.
+class Outputs:
+    """What a run of ``config`` shows in ``directory``. Every process calls each method; process 0 writes."""
 
-    Features and queries are shown on records of the run's own sources, or on held-out scenes if it trains on scenes.
-    """
-    paths = pictures.write_all(
-        workdir / "pictures",
-        model=run.network,
-        params=params,
-        modalities=run.modalities,
-        samples=_picture_samples(config, run, pipeline),
-        batch=Batch.from_dict(element),
-        metrics_path=workdir / metrics.FILE_NAME,
-        **_encoding(config),
-    )
-    for path in paths:
-        logging.info("picture: %s", path)
+    def __init__(self, config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline, directory: pathlib.Path):
+        self._config, self._run, self._pipeline, self._directory = config, run, pipeline, directory
+        self._probed: tuple[int, dict[str, float | None]] | None = None  # the last step whose teacher was
 
+    def write_pictures(self, teacher: Any, element: dict[str, Any]) -> None:
+        """Writes ``pictures/`` anew. ``teacher``: its parameters; ``element``: any host batch.
 
-def _picture_samples(config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline) -> list[SampleReader]:
-    """Held-out scenes of a run on scenes; of other runs the records with most modalities among some of each source."""
-    if any(name == pipeline_lib.SCENES for name, _ in config.data.sources):
-        names = tuple(row.name for row in run.modalities if row.name in scenes.MODALITIES)
-        indices = range(config.eval.first_index, config.eval.first_index + _PICTURED)
-        return [scenes.render(i, complete=True, modalities=names, **_held_out(config)).sample for i in indices]
-    found = pipeline.samples(3 * _PICTURED)
-    return sorted(found, key=lambda sample: -sum(len(sample.days(row.name)) > 0 for row in run.modalities))[:_PICTURED]
+        Features and queries are shown on records of the run's sources, or on held-out scenes if it trains on them.
+        """
+        paths = pictures.write_all(
+            self._directory / "pictures",
+            model=self._run.network,
+            params=teacher,
+            modalities=self._run.modalities,
+            samples=self._pictured(),
+            batch=Batch.from_dict(element),
+            metrics_path=self._directory / metrics.FILE_NAME,
+            **_encoding(self._config),
+        )
+        for path in paths:
+            logging.info("picture: %s", path)
 
+    def probe(self, step: int, teacher: Any) -> dict[str, float | None]:
+        """Scores of the linear probe of the teacher behind ``step``; logged too.
 
-def write_probe(config: ConfigDict, run: Run, state: TrainState, mesh: sharding.Mesh, directory: pathlib.Path) -> None:
-    """Probes the teacher, and if asked the network as it was at the start; process 0 writes ``probe.json``."""
-    networks = {"teacher": state.teacher}
-    if config.eval.probe_untrained:
-        shapes = batch_shapes(config, run.modalities)
-        networks["untrained"] = create_state(
-            run.network, run.optimizer, shapes, seed=config.optim.seed, mesh=mesh
-        ).teacher
-    scores = probe(config, run, networks)
-    if jax.process_index() == 0 and any(scores.values()):
-        scores = {"step": config.optim.num_steps, **scores}
-        (directory / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+        None where there is nothing to tell apart. Nothing if the config asks for none, or if procedural scenes have
+        none of the run's modalities.
+        """
+        self._probed = step, self._scores("teacher", teacher)
+        return self._probed[1]
 
+    def write_probe(self, step: int, state: TrainState, mesh: sharding.Mesh) -> None:
+        """Writes ``probe.json``: the teacher's scores behind ``step`` and, if asked, those of the untrained network."""
+        config, run = self._config, self._run
+        known = self._probed is not None and self._probed[0] == step
+        scores = {"teacher": self._probed[1] if known else self.probe(step, state.teacher)}
+        if config.eval.probe_untrained:
+            shapes, seed = batch_shapes(config, run.modalities), config.optim.seed
+            untrained = create_state(run.network, run.optimizer, shapes, seed=seed, mesh=mesh).teacher
+            scores["untrained"] = self._scores("untrained", untrained)
+        if jax.process_index() == 0 and any(scores.values()):
+            (self._directory / "probe.json").write_text(json.dumps({"step": step, **scores}, indent=2) + "\n")
 
-def probe(config: ConfigDict, run: Run, networks: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Scores of a linear probe on held-out procedural scenes, for the parameters of each network; logged too.
+    def _pictured(self) -> list[SampleReader]:
+        """Held-out scenes of a run on scenes; of others the records with most modalities among some of each source."""
+        config, rows = self._config, self._run.modalities
+        if any(name == pipeline_lib.SCENES for name, _ in config.data.sources):
+            names = tuple(row.name for row in rows if row.name in scenes.MODALITIES)
+            indices = range(config.eval.first_index, config.eval.first_index + _PICTURED)
+            return [scenes.render(i, complete=True, modalities=names, **_held_out(config)).sample for i in indices]
+        found = self._pipeline.samples(3 * _PICTURED)
+        return sorted(found, key=lambda sample: -sum(len(sample.days(row.name)) > 0 for row in rows))[:_PICTURED]
 
-    None where there is nothing to tell apart. Nothing of any network if the config asks for none, or if scenes have
-    none of its modalities. Every process calls it.
-    """
-    which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
-    if not which["num_test_scenes"]:
-        return {name: {} for name in networks}
-    if not {row.name for row in run.modalities} & set(scenes.MODALITIES):
-        logging.info("no linear probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
-        return {name: {} for name in networks}
-    held_out = probes.held_out_scenes(run.modalities, **_held_out(config), **which)
-    scores = {}
-    for name, params in networks.items():
-        found = probes.probe_scenes(run.network, params, run.modalities, held_out, **_encoding(config))
-        scores[name] = {key: value if np.isfinite(value) else None for key, value in found.items()}
+    @functools.cached_property
+    def _probe_scenes(self) -> probes.HeldOut:
+        which = {key: self._config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
+        return probes.held_out_scenes(self._run.modalities, **_held_out(self._config), **which)
+
+    def _scores(self, name: str, params: Any) -> dict[str, float | None]:
+        rows = self._run.modalities
+        if not self._config.eval.num_test_scenes:
+            return {}
+        if not {row.name for row in rows} & set(scenes.MODALITIES):
+            logging.info("no linear probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
+            return {}
+        found = probes.probe_scenes(self._run.network, params, rows, self._probe_scenes, **_encoding(self._config))
         points = "  ".join(f"{key} {100 * value:.1f}" for key, value in found.items())
         logging.info("linear probe on held-out scenes, %s: %s", name, points)
-    return scores
+        return {key: value if np.isfinite(value) else None for key, value in found.items()}
 
 
 def mean_miou(scores: Mapping[str, float | None]) -> float | None:

@@ -114,6 +114,7 @@ def train(
             profiled, files.path, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )
         stack.callback(profiler.close)
+        shown = outputs.Outputs(config, run, pipeline, files.path)
 
         def keep_numbers() -> None:
             """No number up to this step is lost when the run goes on from its checkpoint, on another host."""
@@ -148,7 +149,7 @@ def train(
                 monitor.after_step(step, step_metrics, element)
                 stopping = stop is not None and stop.reached(step)
                 due = _due(step, config.eval.probe_every_steps) and not stopping  # a stop has little time
-                score = _probe(config, run, course, monitor) if due else None
+                score = _probe(shown, course, monitor) if due else None
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
                 if stopping or step == last_step:
@@ -163,10 +164,10 @@ def train(
             if stopping:
                 raise Stopped(f"stopped behind step {step}, which is saved")
             if _due(step, config.run.pictures_every_steps) and step < last_step:
-                outputs.write_pictures(config, run, pipeline, course.state.teacher, element, files.path)
+                shown.write_pictures(course.state.teacher, element)
 
-        outputs.write_pictures(config, run, pipeline, course.state.teacher, element or next(source), files.path)
-        outputs.write_probe(config, run, course.state, mesh, files.path)
+        shown.write_pictures(course.state.teacher, element or next(source))
+        shown.write_probe(course.step, course.state, mesh)
     return course.state
 
 
@@ -174,10 +175,10 @@ def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _probe(config: ConfigDict, run: Run, course: resume.Course, monitor: Monitor) -> float | None:
+def _probe(shown: outputs.Outputs, course: resume.Course, monitor: Monitor) -> float | None:
     """Probes the teacher on the way; its numbers go with the step's, its mean IoU tells the best checkpoint."""
     with monitor.clock.left_out():
-        scores = outputs.probe(config, run, {"teacher": course.state.teacher})["teacher"]
+        scores = shown.probe(course.step, course.state.teacher)
     monitor.note(course.step, {f"probe/{name}": value for name, value in scores.items() if value is not None})
     return outputs.mean_miou(scores)
 

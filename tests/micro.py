@@ -1,4 +1,4 @@
-"""The smallest configs that have every part, and their step on a mesh: for tests that run the whole step."""
+"""The smallest configs that have every part, their step on a mesh, and a stop: for tests that run the whole step."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from configs import tiny
 from skysense_jax import assembly, feed, sharding, train_state
+from skysense_jax.launch.stop import Stop
 
 
 def micro_config() -> ConfigDict:
@@ -106,3 +107,14 @@ class Compiled:
     def lowered_text(self, element):
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.state(), feed.to_device(element, self.mesh)).as_text()
+
+
+class StopBehind(Stop):
+    """Tells a run to stop behind a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self._step = step
+
+    def reached(self, step):
+        return step >= self._step

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import assembled_once, created_once, micro_config, mono_config
+from micro import StopBehind, assembled_once, created_once, micro_config, mono_config
 
 from skysense_jax import checkpoint, metrics, modalities, monitor, outputs, train, watch
 from skysense_jax import config as config_lib
 from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
-from skysense_jax.launch import stop
+from skysense_jax.launch.stop import Stopped
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -57,7 +57,7 @@ def _train(
         patch.setattr(train, "assemble", assemble)
         patch.setattr(train, "create_state", created_once)
         if not pictures:
-            patch.setattr(outputs, "write_pictures", lambda *args: None)
+            patch.setattr(outputs.Outputs, "write_pictures", lambda *args: None)
         try:
             state = train.train(config, workdir, **given)
         except _Preempted:
@@ -183,7 +183,8 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
     config.run.update(checkpoint_every_steps=1, keep_last=2, keep_every_steps=100, keep_best=True, norms_every_steps=3)
     config.eval.update(probe_every_steps=1, num_train_scenes=2, num_test_scenes=1)
     mious = iter([0.1, 0.5, None, 0.2, 0.3, 0.1])
-    monkeypatch.setattr(outputs, "probe", lambda *args: {"teacher": {"osm/miou": next(mious), "osm/accuracy": 0.9}})
+    found = lambda shown, step, teacher: {"osm/miou": next(mious), "osm/accuracy": 0.9}  # noqa: E731
+    monkeypatch.setattr(outputs.Outputs, "probe", found)
     stub = lambda boxed, state, batch: {"gradient": {"loss": {"a/b": state.step + 0.5}}}  # noqa: E731
     assemble = lambda config: dataclasses.replace(assembled_once(config), norms=stub)  # noqa: E731
     for stop_after, kept in ((4, [2, 3, 4]), (2, [2, 5, 6])):
@@ -202,12 +203,11 @@ def test_run_that_is_told_to_stop_saves_without_a_probe(tmp_path, monkeypatch):
     config = mono_config()
     config.run.checkpoint_every_steps = 1
     config.eval.update(probe_every_steps=1, num_train_scenes=2, num_test_scenes=1)
-    probed, told = [], stop.Stop()
-    monkeypatch.setattr(outputs, "probe", lambda *args: probed.append("teacher") or {"teacher": {}})
-    monkeypatch.setattr(told, "reached", lambda step: step >= 2)
-    with pytest.raises(stop.Stopped, match="behind step 2"):
-        _train(config, tmp_path, monkeypatch, stop=told)
-    assert probed == ["teacher"]  # behind step 1
+    probed = []
+    monkeypatch.setattr(outputs.Outputs, "probe", lambda shown, step, teacher: probed.append(step) or {})
+    with pytest.raises(Stopped, match="behind step 2"):
+        _train(config, tmp_path, monkeypatch, stop=StopBehind(2))
+    assert probed == [1]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
@@ -303,7 +303,7 @@ def test_new_sensors_are_rows_in_the_config_and_bad_records_are_named(tmp_path, 
     assert "new.array_record" in caplog.text
     assert not (tmp_path / "run" / "probe.json").exists()
     assert (tmp_path / "run" / "pictures" / "features.png").exists()
-    shown = outputs._picture_samples(config, train.assemble(config), train.make_pipeline(config))
+    shown = outputs.Outputs(config, train.assemble(config), train.make_pipeline(config), tmp_path)._pictured()
     assert [sample.id for sample in shown] == ["new-2", "new-3", "new-4"]  # the run's own; 0 and 1 are damaged
 
 
@@ -460,19 +460,21 @@ def test_wrong_batch_is_named_before_compilation():
         train.dry_run.check_element(element, shapes, num_samples=config.data.batch_size)
 
 
-def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path):
+def test_end_of_a_run_writes_pictures_and_scores(straight, tmp_path, monkeypatch):
     workdir, state, _ = straight
     config = mono_config()
-    config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8)
-    pipeline = train.make_pipeline(config)
-    element = next(iter(pipeline))
+    config.eval.update(num_train_scenes=4, num_test_scenes=2, batch_size=8, probe_untrained=False)
+    pipeline, mesh = train.make_pipeline(config), train.sharding.make_mesh(**config.mesh)
     (tmp_path / metrics.FILE_NAME).write_text((workdir / metrics.FILE_NAME).read_text())
-    with jax.set_mesh(train.sharding.make_mesh(**config.mesh)):
-        run = train.assemble(config)
-        outputs.write_pictures(config, run, pipeline, state.teacher, element, tmp_path)
-        scores = outputs.probe(config, run, {"teacher": state.teacher})["teacher"]
+    shown = outputs.Outputs(config, train.assemble(config), pipeline, tmp_path)
+    with jax.set_mesh(mesh):
+        shown.write_pictures(state.teacher, next(iter(pipeline)))
+        scores = shown.probe(6, state.teacher)
+        with monkeypatch.context() as patch:  # the same step is not probed again
+            patch.setattr(outputs.probes, "probe_scenes", None)
+            shown.write_probe(6, state, mesh)
     assert {"views.png", "features.png", "queries.png", "curves.png"} <= {
         p.name for p in (tmp_path / "pictures").iterdir()
     }
     assert 0 <= scores["osm/miou"] <= 1
-    json.dumps(scores)
+    assert json.loads((tmp_path / "probe.json").read_text()) == {"step": 6, "teacher": scores}

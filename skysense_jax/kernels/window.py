@@ -10,13 +10,12 @@ unit(x) is x / |x|, zeros stay zeros. The same in XLA: models/swin.py. Next: win
 """
 
 import functools
-import math
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.kernels import window_gpu, window_tpu
+from skysense_jax.kernels.devices import by_samples
 
 # By name, and whether it runs as Python on any device, which is for tests.
 _KERNELS = {
@@ -70,20 +69,12 @@ def window_attention(
     ``batch_axes``, and each device works on its own.
     """
 
-    def local(query, key, value, bias, scale, seen):
+    def local(query, key, value, seen, bias, scale):
         flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
         out = _attend(*flat, bias, scale, seen.reshape(-1, *seen.shape[2:]), shifted, head_width, implementation)
         return out.reshape(query.shape)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return local(query, key, value, bias, scale, seen)
-    divided = query.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes) == 0
-    of_samples, whole = PartitionSpec(batch_axes if divided else None), PartitionSpec()
-    specs = (of_samples, of_samples, of_samples, whole, whole, of_samples)
-    return jax.shard_map(local, in_specs=specs, out_specs=of_samples, check_vma=False)(
-        query, key, value, bias, scale, seen
-    )
+    return by_samples(local, (query, key, value, seen), (bias, scale), batch_axes=batch_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

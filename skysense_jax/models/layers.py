@@ -5,6 +5,7 @@ A vector along the residual stream is replicated: to shard it would cost a colle
 Next: attention.py, then swin.py (stages 1 and 2) and vit.py (stages 3 and 4).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from skysense_jax.sharding import EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED, gathered
+from skysense_jax.kernels.devices import by_samples
+from skysense_jax.sharding import BATCH, EMBED, LOGICAL_AXIS_RULES, MLP, UNSHARDED, gathered
 
 
 def named(name: str, init: Callable) -> Callable:
@@ -99,16 +101,22 @@ class Dense(nn.Module):
     bias_init: Callable = nn.initializers.zeros
     compute_dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
         """``x`` times the kernel, plus the bias, in ``compute_dtype``."""
-        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features))
-        y = x.astype(self.compute_dtype) @ gathered(kernel.astype(self.compute_dtype), *self.axes)
-        if self.use_bias:
-            axis = UNSHARDED if self.axes[1] == EMBED else self.axes[1]
-            bias = self.param("bias", partitioned(self.bias_init, axis), (self.features,))
-            y = y + bias.astype(self.compute_dtype)
-        return product(y)
+        kernel, bias = self.weights(x.shape[-1])
+        y = x.astype(self.compute_dtype) @ kernel
+        return product(y if bias is None else y + bias)
+
+    @nn.compact
+    def weights(self, width: int) -> tuple[Float[Array, "D F"], Float[Array, " F"] | None]:
+        """Kernel, whole along ``EMBED``, and bias for inputs of this width, in ``compute_dtype``."""
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), (width, self.features))
+        kernel = gathered(kernel.astype(self.compute_dtype), *self.axes)
+        if not self.use_bias:
+            return kernel, None
+        axis = UNSHARDED if self.axes[1] == EMBED else self.axes[1]
+        bias = self.param("bias", partitioned(self.bias_init, axis), (self.features,))
+        return kernel, jnp.asarray(bias, self.compute_dtype)
 
 
 class LayerNorm(nn.Module):
@@ -129,16 +137,68 @@ class LayerNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between, from and to the width of the input."""
+    """Two linear layers with the exact (erf) GELU between, from and to the width of the input.
+
+    Attributes:
+      parts: of each map's rows (the input is B I P Q D), which go through the layers one after the other, so that the
+        hidden width stands in memory for one of them; 1: of any input.
+    """
 
     hidden_dim: int
     compute_dtype: Any = jnp.float32
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """The MLP of every token."""
-        hidden = Dense(self.hidden_dim, axes=(EMBED, MLP), compute_dtype=self.compute_dtype, name="hidden")(x)
-        return Dense(x.shape[-1], axes=(MLP, EMBED), compute_dtype=self.compute_dtype, name="output")(gelu(hidden))
+        dense = functools.partial(Dense, compute_dtype=self.compute_dtype)
+        hidden = dense(self.hidden_dim, axes=(EMBED, MLP), name="hidden")
+        output = dense(x.shape[-1], axes=(MLP, EMBED), name="output")
+        if self.parts == 1:
+            return output(gelu(hidden(x)))
+        weights = hidden.weights(x.shape[-1]), output.weights(self.hidden_dim)
+        in_turn = functools.partial(_in_turn, self.parts)
+        x = x.astype(self.compute_dtype)
+        return product(by_samples(in_turn, (x,), (weights,), batch_axes=dict(LOGICAL_AXIS_RULES)[BATCH]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_turn(parts, x, weights):
+    # What it begins with is written over. It is made of x, as a constant would stand in memory long before it is used.
+    first = jnp.broadcast_to(x[(0,) * x.ndim], x.shape)
+    return jax.lax.fori_loop(0, parts, lambda i, y: _put(y, _mlp(_rows(x, i, parts), weights), i), first)
+
+
+def _in_turn_backward(parts, kept, upstream):
+    """Computes each part again, and writes its input's gradient over its output's."""
+    x, weights = kept
+
+    def of_part(i, so_far):
+        gradient, of_weights = so_far
+        _, backward = jax.vjp(_mlp, _rows(x, i, parts), weights)
+        of_rows, more = backward(_rows(gradient, i, parts))
+        return _put(gradient, of_rows, i), jax.tree.map(lambda total, part: total + part, of_weights, more)
+
+    zeros = jax.tree.map(lambda weight: jnp.zeros(weight.shape, jnp.float32), weights)
+    gradient, of_weights = jax.lax.fori_loop(0, parts, of_part, (upstream, zeros))
+    return gradient, jax.tree.map(lambda total, weight: total.astype(weight.dtype), of_weights, weights)
+
+
+_in_turn.defvjp(lambda parts, x, weights: (_in_turn(parts, x, weights), (x, weights)), _in_turn_backward)
+
+
+def _mlp(x, weights):
+    (hidden, hidden_bias), (output, output_bias) = weights
+    return gelu(x @ hidden + hidden_bias) @ output + output_bias
+
+
+def _rows(x, part, parts):
+    rows = x.shape[2] // parts
+    return jax.lax.dynamic_slice_in_dim(x, part * rows, rows, 2)
+
+
+def _put(x, rows, part):
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, part * rows.shape[2], 2)
 
 
 def recomputed(body: Callable, remat: str, *, scanned: bool) -> Callable:

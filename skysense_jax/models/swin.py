@@ -22,6 +22,7 @@ from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES, UNSHA
 
 MAX_LOGIT_SCALE = math.log(100.0)
 POSITION_HIDDEN_DIM = 512
+_MLP_PARTS = 16  # that an MLP's rows go through in, beside a GPU's kernel
 
 
 def relative_coordinates(window: int) -> Float[np.ndarray, "N 2"]:
@@ -190,6 +191,9 @@ class SwinBlock(nn.Module):
         x = jnp.pad(constrain_batch(x), (*pad, (0, 0)))
         attention = WindowAttention(self.head_width, self.window_attention, self.compute_dtype, name="attention")
         x = x + residual(0, "attention", attention(x, seen=valid, window=window, shifted=shifted))
-        y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, name="mlp")(x)
+        # Beside a GPU's kernel the hidden width would take most of a block's memory (docs/ledger/huge_h200.txt).
+        in_turn = self.window_attention.startswith("triton") and tensor_devices() == 1
+        parts = math.gcd(_MLP_PARTS, x.shape[2]) if in_turn else 1
+        y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, parts, name="mlp")(x)
         x = x + residual(1, "mlp", y)
         return x[:, :, :rows, :columns]

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
             path.write_text(json.dumps(order))
             yield batch, element, state
 
-    train.prefetch, outputs.write_pictures = watched, lambda *args: None
+    train.prefetch, outputs.Outputs.write_pictures = watched, lambda *args: None
     train.main(argv)
 
 

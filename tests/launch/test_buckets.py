@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import states
 from etils import epath
-from micro import assembled_once, created_once
+from micro import StopBehind, assembled_once, created_once
 from nano import get_config
 
 from skysense_jax import checkpoint, metrics, outputs, storage, train
@@ -19,7 +19,7 @@ from skysense_jax.data import records
 from skysense_jax.data.scenes import render
 from skysense_jax.export.__main__ import export
 from skysense_jax.launch import facts
-from skysense_jax.launch.stop import Stop, Stopped
+from skysense_jax.launch.stop import Stopped
 from skysense_jax.modalities import select
 
 ROWS = select(("s1",))
@@ -29,16 +29,6 @@ ROWS = select(("s1",))
 def run(emulator, request):
     """The address of a run that nothing is in yet."""
     return epath.Path("gs://bucket") / re.sub(r"\W+", "-", request.node.name)
-
-
-class _StopBehind(Stop):
-    """Told to stop behind a step."""
-
-    def __init__(self, step):
-        self._step = step
-
-    def reached(self, step):
-        return step == self._step
 
 
 def _names(run):
@@ -59,10 +49,10 @@ def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run
     monkeypatch.setattr(train, "assemble", lambda config: dataclasses.replace(assembled_once(config), norms=norms))
     monkeypatch.setattr(train, "create_state", created_once)
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_pictures", lambda *args: None)
+        patch.setattr(outputs.Outputs, "write_pictures", lambda *args: None)
         straight = jax.device_get(train.train(config, tmp_path / "straight"))
         with pytest.raises(Stopped):
-            train.train(config, run, stop=_StopBehind(1))
+            train.train(config, run, stop=StopBehind(1))
     assert _names(run / "checkpoints") == ["1"]
     assert _names(run) == ["checkpoints", "config.txt", "events.jsonl", "metrics.jsonl", "norms.jsonl", "tensorboard"]
 

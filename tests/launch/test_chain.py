@@ -11,11 +11,11 @@ import re
 import numpy as np
 import pytest
 from etils import epath
-from micro import assembled_once, created_once
+from micro import StopBehind, assembled_once, created_once
 from nano import get_config
 
 from skysense_jax import assembly, checkpoint, metrics, sharding, train, train_state
-from skysense_jax.launch.stop import EXIT_AGAIN, Stop, Stopped
+from skysense_jax.launch.stop import EXIT_AGAIN, Stopped
 from skysense_jax.trees import named_leaves
 
 _STEPS, _LEG = 24, 5
@@ -27,14 +27,6 @@ def _config():
     config.optim.num_steps = _STEPS
     config.mesh.fsdp = 4
     return config
-
-
-class _StopBehind(Stop):
-    def __init__(self, step):
-        self._step = step
-
-    def reached(self, step):
-        return step == self._step
 
 
 def _here(monkeypatch, workdir, stop_behind):
@@ -51,7 +43,7 @@ def _here(monkeypatch, workdir, stop_behind):
         patch.setattr(train, "assemble", assembled_once)
         patch.setattr(train, "create_state", created_once)
         with pytest.raises(Stopped, match=f"stopped behind step {stop_behind}, which is saved"):
-            train.train(_config(), workdir, stop=_StopBehind(stop_behind))
+            train.train(_config(), workdir, stop=StopBehind(stop_behind))
     return read
 
 
