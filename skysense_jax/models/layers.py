@@ -156,6 +156,8 @@ class Mlp(nn.Module):
         output = dense(x.shape[-1], axes=(MLP, EMBED), name="output")
         if self.parts == 1:
             return output(gelu(hidden(x)))
+        assert x.ndim == 5, x.shape
+        assert x.shape[2] % self.parts == 0, (x.shape, self.parts)
         weights = hidden.weights(x.shape[-1]), output.weights(self.hidden_dim)
         in_turn = functools.partial(_in_turn, self.parts)
         x = x.astype(self.compute_dtype)
@@ -173,6 +175,7 @@ def _in_turn_backward(parts, kept, upstream):
     """Computes each part again, and writes its input's gradient over its output's."""
     x, weights = kept
 
+    # Weights' gradients are rounded as products of the compute dtype are, for each part, and added up in fp32.
     def of_part(i, so_far):
         gradient, of_weights = so_far
         _, backward = jax.vjp(_mlp, _rows(x, i, parts), weights)
@@ -205,7 +208,8 @@ def recomputed(body: Callable, remat: str, *, scanned: bool) -> Callable:
     """``body``, of a module's block, with what ``config.efficiency.remat`` keeps of it for the backward pass.
 
     "none": all of it; "matmuls": what linear layers, attention and experts give and what they send, not norms and GELUs
-    (attention in XLA makes its scores again); "blocks": nothing but what comes in. ``scanned``: a scan around it keeps
+    (attention in XLA makes its scores again); "blocks": nothing but what comes in. An MLP that works in parts makes its
+    hidden layer again in any case. ``scanned``: a scan around it keeps
     the two passes apart, so that nothing else need.
     """
     if remat == "none":

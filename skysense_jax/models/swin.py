@@ -22,7 +22,7 @@ from skysense_jax.sharding import BATCH, EMBED, HEADS, LOGICAL_AXIS_RULES, UNSHA
 
 MAX_LOGIT_SCALE = math.log(100.0)
 POSITION_HIDDEN_DIM = 512
-_MLP_PARTS = 16  # that an MLP's rows go through in, beside a GPU's kernel
+_MLP_PARTS = 16  # at most, that the rows of a map go through an MLP in, beside a GPU's kernel
 
 
 def relative_coordinates(window: int) -> Float[np.ndarray, "N 2"]:
@@ -79,7 +79,10 @@ class PositionBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Scaled cosine attention among the tokens of a window: biases on query, value and output, none on key."""
+    """Scaled cosine attention among the tokens of a window: biases on query, value and output, none on key.
+
+    ``implementation``: "xla", or a kernel of kernels/window.py that takes such windows.
+    """
 
     head_width: int
     implementation: str = "xla"
@@ -95,7 +98,7 @@ class WindowAttention(nn.Module):
         map's edge, where tokens do not look at what is no neighbour.
         """
         width, num_heads = x.shape[-1], x.shape[-1] // self.head_width
-        fused = self._takes_kernel(x, window=window, shifted=shifted)
+        fused = self.implementation != "xla"
         images, (rows, columns) = x.shape[1], (side // window for side in x.shape[2:4])
         shift = window // 2 if shifted else 0
         if not fused:
@@ -144,18 +147,6 @@ class WindowAttention(nn.Module):
         mixed = rearrange(output(product(mixed)), join, h=window, w=window, P=rows, Q=columns)
         return jnp.roll(mixed, (shift, shift), axis=(2, 3)) if shifted else mixed
 
-    def _takes_kernel(self, x, *, window: int, shifted: bool) -> bool:
-        """Whether the implementation is a kernel that takes these sizes; if not, says so once."""
-        if self.implementation == "xla":
-            return False
-        columns, width = x.shape[3:]
-        sizes = dict(window=window, width=width, head_width=self.head_width, columns=columns, shifted=shifted)
-        sizes |= dict(itemsize=jnp.dtype(self.compute_dtype).itemsize)
-        told = window_kernel.problem(self.implementation, **sizes, tensor_devices=tensor_devices())
-        if told:
-            fall_back("window attention", self.implementation, told)
-        return not told
-
 
 class SwinBlock(nn.Module):
     """Window attention, then an MLP, each normed before it is added.
@@ -189,11 +180,23 @@ class SwinBlock(nn.Module):
         pad = ((0, 0), (0, 0), (0, -rows % window), (0, -columns % window))
         valid = jnp.pad(valid, pad, constant_values=True)  # zeros beyond the edge are attended
         x = jnp.pad(constrain_batch(x), (*pad, (0, 0)))
-        attention = WindowAttention(self.head_width, self.window_attention, self.compute_dtype, name="attention")
+        kernel = self._kernel(x, window=window, shifted=shifted)
+        attention = WindowAttention(self.head_width, kernel, self.compute_dtype, name="attention")
         x = x + residual(0, "attention", attention(x, seen=valid, window=window, shifted=shifted))
         # Beside a GPU's kernel the hidden width would take most of a block's memory (docs/ledger/huge_h200.txt).
-        in_turn = self.window_attention.startswith("triton") and tensor_devices() == 1
-        parts = math.gcd(_MLP_PARTS, x.shape[2]) if in_turn else 1
+        parts = math.gcd(_MLP_PARTS, x.shape[2]) if kernel.startswith("triton") else 1
         y = Mlp(round(self.mlp_ratio * x.shape[-1]), self.compute_dtype, parts, name="mlp")(x)
         x = x + residual(1, "mlp", y)
         return x[:, :, :rows, :columns]
+
+    def _kernel(self, x: Float[Array, "B I P Q D"], *, window: int, shifted: bool) -> str:
+        """The kernel if it takes these sizes, else "xla", which is said once."""
+        if self.window_attention == "xla":
+            return "xla"
+        columns, width = x.shape[3:]
+        sizes = dict(window=window, width=width, head_width=self.head_width, columns=columns, shifted=shifted)
+        sizes |= dict(itemsize=jnp.dtype(self.compute_dtype).itemsize)
+        told = window_kernel.problem(self.window_attention, **sizes, tensor_devices=tensor_devices())
+        if told:
+            fall_back("window attention", self.window_attention, told)
+        return "xla" if told else self.window_attention

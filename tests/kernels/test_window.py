@@ -12,12 +12,12 @@ from tests.kernels.grid import moved
 from tests.kernels.nearness import assert_as_near, assert_near
 
 
-def _block(implementation, *, heads=3, head_width=32, dtype=jnp.float32, shifted=True, window_side=8):
+def _block(implementation, *, heads=3, head_width=32, dtype=jnp.float32, shifted=True, window_side=8, mlp_ratio=1):
     return SwinBlock(
         head_width=head_width,
         window=window_side,
         shifted=shifted,
-        mlp_ratio=1,
+        mlp_ratio=mlp_ratio,
         window_attention=implementation,
         compute_dtype=dtype,
     ), heads * head_width
@@ -125,12 +125,34 @@ def test_row_too_wide_for_the_chip_is_plain_if_shifted_and_else_of_several_block
     assert_near(fused, plain)
 
 
-def test_block_that_no_kernel_takes_is_plain_and_says_so(caplog):
+@KERNELS
+def test_block_that_no_kernel_takes_is_plain_and_says_so(caplog, kernel):
     with caplog.at_level("INFO"):
-        plain, fused = _both("mosaic", rows=14, columns=14, window_side=7)
-    assert "window attention 'xla' and not 'mosaic interpreted': windows of 7 x 7 tokens" in caplog.text
+        plain, fused = _both(kernel, rows=14, columns=14, window_side=7)
+    assert f"window attention 'xla' and not '{kernel} interpreted': windows of 7 x 7 tokens" in caplog.text
     for name, wanted in plain.items():
         np.testing.assert_array_equal(fused[name], wanted)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window_side", "whole"),
+    [
+        ("triton interpreted", 8, False),
+        ("triton interpreted", 4, True),
+        ("mosaic interpreted", 8, True),
+        ("xla", 8, True),
+    ],
+)
+def test_hidden_layer_of_a_whole_map_stands_in_memory_but_beside_the_gpu_kernel(kernel, window_side, whole):
+    block, width = _block(kernel, window_side=window_side, mlp_ratio=2)
+    x, valid = _case(32, 16, width)
+    params = jax.eval_shape(block.init, jax.random.key(1), x, valid=valid)
+    loss = lambda params, x: block.apply(params, x, valid=valid).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(loss))(params, x))
+    hidden = block.mlp_ratio * width
+    assert f"f32[2,1,{32 // 16},16,{hidden}]" in text or whole
+    biased = f"f32[2,1,32,16,{hidden}] = add"  # the hidden layer with its bias; mlp_ratio is 2, so nothing else is
+    assert (biased in text) == whole
 
 
 def test_blocks_hold_whole_windows_and_fit_the_chip():
