@@ -4,6 +4,9 @@ Areas are filled, lines are widened to the usual width of what they stand for; p
 Pixels that nothing covers stay 0, "nothing mapped": that a map is empty there says nothing about the ground.
 """
 
+import csv
+import dataclasses
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +22,9 @@ from rasterio.crs import CRS
 from skysense_jax.ingest.rasters import Refused, Square
 from skysense_jax.modalities import OSM
 
+Table = tuple[tuple[str, frozenset[str] | None, str], ...]
 # (tag, its values or None for any, class). The first row that fits is an object's class; later rows do not count.
-TAGS: tuple[tuple[str, frozenset[str] | None, str], ...] = tuple(
+TAGS: Table = tuple(
     (key, values if values is None else frozenset(values.split()), name)
     for key, values, name in (
         ("building", None, "building"),
@@ -63,32 +67,72 @@ assert set(_ORDER) == set(OSM.classes)
 _LINE_WIDTH_M = {"road": 7.0, "railway": 4.0, "water": 5.0}  # of lines without a "width" tag
 
 
-def class_of(tags: Mapping[str, Any]) -> str | None:
+def read_table(path: pathlib.Path) -> Table:
+    """A user's own ``TAGS``: a CSV with the columns tag, values (apart by spaces, empty for any) and class.
+
+    Raises:
+      ValueError: another header, or a class that the label map does not know.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != {"tag", "values", "class"}:
+        raise ValueError(f"{path}: columns {sorted(rows[0]) if rows else 'none'}; wanted tag, values and class")
+    for number, row in enumerate(rows, 2):
+        if row["class"] not in OSM.classes:
+            raise ValueError(f"{path}, line {number}: class {row['class']!r}; wanted one of {OSM.classes}")
+    return tuple((row["tag"], frozenset(row["values"].split()) or None, row["class"]) for row in rows)
+
+
+def class_of(tags: Mapping[str, Any], table: Table = TAGS) -> str | None:
     """The class of an object with these tags, None if it has none."""
-    for key, values, name in TAGS:
+    for key, values, name in table:
         value = str(tags.get(key) or "").strip()
         if value not in _NO and (values is None or value in values):
             return name
     return None
 
 
+def width_of(tags: Mapping[str, Any], name: str) -> float | None:
+    """Metres that a line of this class is wide, by its tag "width" or as usual; None: such lines have no width."""
+    if name not in _LINE_WIDTH_M:
+        return None
+    stated = re.fullmatch(r"(\d+(?:\.\d+)?) ?m?", str(tags.get("width") or "").strip())
+    return float(stated[1]) if stated else _LINE_WIDTH_M[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """An object of the map: its class, its geometry, and how wide its lines are in metres (None: not at all)."""
+
+    name: str
+    geometry: shapely.Geometry
+    width_m: float | None = None
+
+
 def rasterise(
     features: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], square: Square, *, crs: CRS
 ) -> UInt8[np.ndarray, "H W"]:
-    """The label map of ``square``: class id of the topmost object over each pixel's centre, 0 where there is none.
+    """``draw`` of the objects that have a class.
 
     Args:
       features: (GeoJSON geometry in ``crs``, tags) pairs.
       crs: of the geometries.
     """
+    named = ((class_of(tags), geometry, tags) for geometry, tags in features)
+    found = [
+        Feature(name, shapely.geometry.shape(geometry), width_of(tags, name)) for name, geometry, tags in named if name
+    ]
+    return draw(found, square, crs=crs)
+
+
+def draw(features: Iterable[Feature], square: Square, *, crs: CRS) -> UInt8[np.ndarray, "H W"]:
+    """The label map of ``square``: class id of the topmost object over each pixel's centre, 0 where there is none."""
     layers: dict[str, list] = {name: [] for name in _ORDER}
-    for geometry, tags in features:
-        name = class_of(tags)
-        if name is not None:
-            placed = shapely.geometry.shape(rasterio.warp.transform_geom(crs, square.crs, geometry))
-            area = _area(placed, name, tags)
-            if not area.is_empty:
-                layers[name].append(area)
+    for feature in features:
+        geometry = shapely.geometry.mapping(feature.geometry)
+        area = _area(shapely.geometry.shape(rasterio.warp.transform_geom(crs, square.crs, geometry)), feature.width_m)
+        if not area.is_empty:
+            layers[feature.name].append(area)
     side = square.cells * OSM.pixels_per_cell
     labels = np.zeros((side, side), np.uint8)
     transform = square.transform(OSM.pixels_per_cell)
@@ -99,14 +143,12 @@ def rasterise(
     return labels
 
 
-def _area(geometry: shapely.Geometry, name: str, tags: Mapping[str, Any]) -> shapely.Geometry:
+def _area(geometry: shapely.Geometry, width_m: float | None) -> shapely.Geometry:
     """What of the ground an object covers; empty for points and for lines of classes that have no width."""
     if geometry.geom_type in ("Polygon", "MultiPolygon"):
         return geometry
-    if geometry.geom_type in ("LineString", "MultiLineString") and name in _LINE_WIDTH_M:
-        stated = re.fullmatch(r"(\d+(?:\.\d+)?) ?m?", str(tags.get("width") or "").strip())
-        width = float(stated[1]) if stated else _LINE_WIDTH_M[name]
-        return geometry.buffer(width / 2, cap_style="flat")
+    if geometry.geom_type in ("LineString", "MultiLineString") and width_m is not None:
+        return geometry.buffer(width_m / 2, cap_style="flat")
     return shapely.Polygon()
 
 

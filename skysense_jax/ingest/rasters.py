@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import rasterio
 import rasterio.warp
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
+from rasterio.windows import Window
 
 from skysense_jax.modalities import METRES_PER_CELL
 
 MAX_STRETCH = 2.0  # of a native pixel; coarser imagery belongs into another row of the table
 
+_ROUNDING = 1.01  # a pixel of 20 m in its own zone is one of 20.02 m at the rim of the next
 _MARGIN = 4  # empty source pixels around the image, so that a target pixel at its rim is known to be partly covered
 _COVERED = 0.999  # share of a target pixel that valid source pixels must cover
 
@@ -115,13 +117,62 @@ def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Ra
         return Raster(pixels=pixels, valid=valid, transform=source.transform, crs=source.crs)
 
 
+def read_window(
+    path: str | pathlib.Path, square: Square, *, bands: Sequence[int], masked: bool = True
+) -> Raster | None:
+    """What a file has of the ground of ``square`` and a few pixels around it; None if nothing.
+
+    ``masked``: pixels with the file's nodata value in every band are invalid; else all that are numbers are valid.
+    """
+    with rasterio.open(path) as source:
+        bounds = rasterio.warp.transform_bounds(square.crs, source.crs, *square.bounds)
+        inverse = ~source.transform
+        columns, rows = zip(inverse * (bounds[0], bounds[3]), inverse * (bounds[2], bounds[1]))
+        left, top = max(math.floor(columns[0]) - _MARGIN, 0), max(math.floor(rows[0]) - _MARGIN, 0)
+        right = min(math.ceil(columns[1]) + _MARGIN, source.width)
+        bottom = min(math.ceil(rows[1]) + _MARGIN, source.height)
+        if left >= right or top >= bottom:
+            return None
+        window = Window(left, top, right - left, bottom - top)
+        pixels = np.moveaxis(source.read(list(bands), window=window), 0, -1)
+        valid = np.isfinite(pixels).all(-1)
+        if masked and source.nodata is not None:
+            valid &= (pixels != source.nodata).any(-1)
+        return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
+
+
+def nearest(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int) -> Shaped[np.ndarray, "H W"]:
+    """Class ids (one band, 0 where there is none) of the source pixels under each target pixel's centre."""
+    side = square.cells * pixels_per_cell
+    out = np.zeros((side, side), rasters[0].pixels.dtype)
+    for raster in rasters:
+        part = np.zeros_like(out)
+        rasterio.warp.reproject(
+            np.where(raster.valid, raster.pixels[..., 0], 0).astype(out.dtype),
+            part,
+            src_transform=raster.transform,
+            src_crs=raster.crs,
+            src_nodata=0,
+            dst_transform=square.transform(pixels_per_cell),
+            dst_crs=square.crs,
+            dst_nodata=0,
+            resampling=rasterio.warp.Resampling.nearest,
+        )
+        out = np.where(out == 0, part, out)
+    return out
+
+
+def zone_of(longitude: float, latitude: float) -> CRS:
+    """The UTM zone (WGS 84) of a point in degrees."""
+    return CRS.from_epsg((32600 if latitude >= 0 else 32700) + int((longitude + 180) // 6) % 60 + 1)
+
+
 def utm_zone(raster: Raster) -> CRS:
     """The raster's own coordinate system if that is UTM, else the UTM zone (WGS 84) of its centre."""
     if "UTM zone" in raster.crs.to_wkt():
         return raster.crs
     west, south, east, north = raster.bounds
-    longitude, latitude = lon_lat((west + east) / 2, (south + north) / 2, raster.crs)
-    return CRS.from_epsg((32600 if latitude >= 0 else 32700) + int((longitude + 180) // 6) % 60 + 1)
+    return zone_of(*lon_lat((west + east) / 2, (south + north) / 2, raster.crs))
 
 
 def whole_cells(raster: Raster) -> Square:
@@ -172,48 +223,96 @@ class Resampled:
 
 
 def resample(raster: Raster, square: Square, *, pixels_per_cell: int, dtype: Any = None) -> Resampled:
-    """The raster at ``pixels_per_cell`` over ``square``: area means where pixels grow, bilinear where they shrink.
+    """``mosaic`` of one raster."""
+    return mosaic([raster], square, pixels_per_cell=pixels_per_cell, dtype=dtype)
 
-    Invalid source pixels have no weight. ``dtype`` as the source's if None.
+
+def mosaic(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int, dtype: Any = None) -> Resampled:
+    """Rasters at ``pixels_per_cell`` over ``square``: area means where pixels grow, bilinear where they shrink.
+
+    Invalid source pixels have no weight. Where rasters overlap the first counts, and a pixel that it covers in part is
+    filled up from the next: tiles that were cut from one image give that image. ``dtype`` as the first's if None.
 
     Raises:
       Refused: a native pixel would be stretched by more than ``MAX_STRETCH``.
     """
-    size = METRES_PER_CELL / pixels_per_cell
-    native = native_gsd_m(raster, square.crs)
-    if native > MAX_STRETCH * size * (1 + 1e-6):
-        raise Refused(
-            f"pixels of {native:.3g} m; wanted at most {MAX_STRETCH * size:.4g} m for a row of {size:.4g} m: "
-            "nothing is stretched by more than 2x (coarser imagery is another row of the table)"
-        )
-    weight = raster.valid[..., None].astype(np.float32)
-    layers = np.concatenate((np.where(raster.valid[..., None], raster.pixels, 0), weight), -1).astype(np.float32)
-    layers = np.pad(layers, ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)))
-    out = np.zeros((layers.shape[-1], square.cells * pixels_per_cell, square.cells * pixels_per_cell), np.float32)
-    a, e = raster.transform.a, raster.transform.e
-    method = rasterio.warp.Resampling.average if native <= size else rasterio.warp.Resampling.bilinear
-    rasterio.warp.reproject(
-        np.ascontiguousarray(np.moveaxis(layers, -1, 0)),
-        out,
-        src_transform=Affine(a, 0, raster.transform.c - _MARGIN * a, 0, e, raster.transform.f - _MARGIN * e),
-        src_crs=raster.crs,
-        dst_transform=square.transform(pixels_per_cell),
-        dst_crs=square.crs,
-        resampling=method,
-    )
-    covered = out[-1]
-    pixels = np.moveaxis(out[:-1] / np.maximum(covered, 1e-6), 0, -1)
-    dtype = np.dtype(dtype or raster.pixels.dtype)
+    total = np.float32(0)
+    for raster in rasters:
+        layers = _on_cells(raster, square, pixels_per_cell)
+        room = np.clip(1 - total[-1], 0, 1) if np.ndim(total) else np.float32(1)
+        total = total + layers * np.minimum(1, room / np.maximum(layers[-1], 1e-6))
+    covered = total[-1]
+    pixels = np.moveaxis(total[:-1] / np.maximum(covered, 1e-6), 0, -1)
+    dtype = np.dtype(dtype or rasters[0].pixels.dtype)
     if dtype.kind in "ui":
         pixels = np.clip(np.rint(pixels), np.iinfo(dtype).min, np.iinfo(dtype).max)
     return Resampled(pixels=pixels.astype(dtype), valid=covered > _COVERED)
 
 
+def _on_cells(raster: Raster, square: Square, pixels_per_cell: int) -> Float[np.ndarray, "_ H W"]:
+    """For each target pixel the sum of its source pixels' numbers, each times its share, and of their shares."""
+    size, side = METRES_PER_CELL / pixels_per_cell, square.cells * pixels_per_cell
+    native = native_gsd_m(raster, square.crs)
+    if native > MAX_STRETCH * size * _ROUNDING:
+        raise Refused(
+            f"pixels of {native:.3g} m; wanted at most {MAX_STRETCH * size:.4g} m for a row of {size:.4g} m: "
+            "nothing is stretched by more than 2x (coarser imagery is another row of the table)"
+        )
+    weight = raster.valid[..., None].astype(np.float32)
+    layers = np.concatenate((np.where(raster.valid[..., None], raster.pixels, 0), weight), -1, dtype=np.float32)
+    layers = np.ascontiguousarray(np.moveaxis(layers, -1, 0))
+    out = np.zeros((len(layers), side, side), np.float32)
+    target = square.transform(pixels_per_cell)
+    place = _shift(raster, square, target)
+    if place is not None:
+        _paste(layers, out, *place)
+        return out
+    layers = np.pad(layers, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
+    a, e = raster.transform.a, raster.transform.e
+    rasterio.warp.reproject(
+        layers,
+        out,
+        src_transform=Affine(a, 0, raster.transform.c - _MARGIN * a, 0, e, raster.transform.f - _MARGIN * e),
+        src_crs=raster.crs,
+        dst_transform=target,
+        dst_crs=square.crs,
+        resampling=rasterio.warp.Resampling.average if native <= size else rasterio.warp.Resampling.bilinear,
+    )
+    return out
+
+
+def _shift(raster: Raster, square: Square, target: Affine) -> tuple[int, int] | None:
+    """Row and column of the square's corner in the raster if their pixels are the same ones, else None."""
+    if raster.crs != square.crs:
+        return None
+    column, row = ~raster.transform * (target.c, target.f)
+    scale = max(abs(target.a / raster.transform.a - 1), abs(target.e / raster.transform.e - 1))
+    if scale > 1e-9 or max(abs(row - round(row)), abs(column - round(column))) > 1e-6:
+        return None
+    return round(row), round(column)
+
+
+def _paste(layers: np.ndarray, out: np.ndarray, row: int, column: int) -> None:
+    """Copies what of ``layers`` lies over ``out``, whose corner is their pixel (row, column)."""
+    here, there = [], []
+    for start, size, side in zip((row, column), layers.shape[1:], out.shape[1:]):
+        low, high = max(start, 0), max(min(start + side, size), max(start, 0))
+        there.append(slice(low, high))
+        here.append(slice(low - start, high - start))
+    out[:, here[0], here[1]] = layers[:, there[0], there[1]]
+
+
 def native_gsd_m(raster: Raster, crs: CRS) -> float:
-    """Side of a raster's pixel (the longer one) in metres of ``crs``, a UTM zone."""
-    west, south, east, north = rasterio.warp.transform_bounds(raster.crs, crs, *raster.bounds)
-    height, width = raster.valid.shape
-    return max((east - west) / width, (north - south) / height)
+    """Side of a raster's pixel (the longer one) at its centre in metres of ``crs``, a UTM zone."""
+    return pixel_size_m(raster.transform, raster.valid.shape, raster.crs, crs)
+
+
+def pixel_size_m(transform: Affine, shape: tuple[int, int], crs: CRS, zone: CRS) -> float:
+    """The same of an image of ``shape`` rows and columns in ``crs``."""
+    row, column = shape[0] / 2, shape[1] / 2
+    places = [transform * place for place in ((column, row), (column + 1, row), (column, row + 1))]
+    xs, ys = rasterio.warp.transform(crs, zone, *map(list, zip(*places)))
+    return max(math.hypot(xs[i] - xs[0], ys[i] - ys[0]) for i in (1, 2))
 
 
 def double(grid: Shaped[np.ndarray, "T H W *C"]) -> Shaped[np.ndarray, "T 2*H 2*W *C"]:

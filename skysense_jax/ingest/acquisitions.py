@@ -1,0 +1,114 @@
+"""What a source has: acquisitions, each one look of one sensor at one piece of ground, and the table that keeps them.
+
+Finding them opens no more than headers and metadata; pixels are read by series.py, place by place.
+Next: sources.py (who finds them), places.py (which ground becomes samples).
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from skysense_jax.data.sample import UNDATED
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One band of one file: a path or URL that GDAL opens, and the band's number there, from 1."""
+
+    path: str
+    band: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Acquisition:
+    """One look of a sensor.
+
+    Attributes:
+      id: its path in its source.
+      source: name of the source in the list of sources.
+      modality: row of the table that its pixels go to.
+      bounds: west, south, east, north of what its files cover, degrees; west > east where it crosses 180 degrees.
+      layers: a file and a band for each band of the row, by the row's names.
+      classes: Sentinel-2's scene classification, which tells clouds.
+      day: since 1970-01-01, or ``UNDATED``.
+      orbit: of Sentinel-1, one of ``data.sample.ORBITS``.
+      offset: what to subtract from its numbers.
+      unit: "linear" or "dB" of a radar, else empty.
+      rank: of several that show the same ground on the same day the highest counts (processing baseline).
+    """
+
+    id: str
+    source: str
+    modality: str
+    bounds: tuple[float, float, float, float]
+    layers: Mapping[str, Layer]
+    classes: Layer | None = None
+    day: int = UNDATED
+    orbit: str = "unknown"
+    offset: int = 0
+    unit: str = ""
+    rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A file, a place or a date that came to nothing: what, where, and why.
+
+    Attributes:
+      what: "source", "file", "place" or "date".
+      name: of the place or the acquisition, or the path of the file.
+    """
+
+    what: str
+    name: str
+    reason: str
+
+
+_JSON = ("layers", "classes")
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "source", "modality")),
+        ("bounds", pa.list_(pa.float64(), 4)),
+        *((name, pa.string()) for name in _JSON),
+        *((name, kind) for name, kind in (("day", pa.int32()), ("orbit", pa.string()))),
+        *((name, kind) for name, kind in (("offset", pa.int32()), ("unit", pa.string()), ("rank", pa.int32()))),
+    ]
+)
+
+
+def write(acquisitions: Iterable[Acquisition], path: pathlib.Path) -> None:
+    """Writes a Parquet table of them, in their order."""
+    rows = [dataclasses.asdict(acquisition) for acquisition in acquisitions]
+    rows = [{**row, **{name: json.dumps(row[name]) for name in _JSON}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+
+
+def read(path: pathlib.Path) -> list[Acquisition]:
+    """What ``write`` wrote."""
+    return [_acquisition(row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+
+
+def _acquisition(row: Mapping[str, Any]) -> Acquisition:
+    layers, classes = (json.loads(row[name]) for name in _JSON)
+    return Acquisition(
+        **{key: value for key, value in row.items() if key not in (*_JSON, "bounds")},
+        bounds=tuple(row["bounds"]),
+        layers={name: Layer(**layer) for name, layer in layers.items()},
+        classes=classes and Layer(**classes),
+    )
+
+
+def by_date(acquisitions: Sequence[Acquisition]) -> list[list[Acquisition]]:
+    """Those of one day and orbit together, in the order of days; in each group the highest rank first, then by name.
+
+    Tiles that were cut from one image so become one date again.
+    """
+    groups: dict[tuple[int, str, str], list[Acquisition]] = {}
+    for acquisition in sorted(acquisitions, key=lambda a: (a.day, a.orbit, a.source, -a.rank, a.id)):
+        groups.setdefault((acquisition.day, acquisition.orbit, acquisition.source), []).append(acquisition)
+    return list(groups.values())

@@ -1,0 +1,247 @@
+"""Picks the places that become samples: ``python -m skysense_jax.ingest.plan --sources=LIST.toml --out=MANIFEST``.
+
+MANIFEST is a folder: places.parquet, acquisitions.parquet, labels.parquet, sources.json (names, licences, ground with
+labels) and rejected.jsonl; it appears when everything in it is written. Places are the squares of a grid (places.py) in
+the area of interest that some source shows. Next: build.py, which makes the samples.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import rasterio
+import rasterio.warp
+import shapely
+import shapely.geometry
+
+from skysense_jax.data.checks import MAX_EXTENT_CELLS
+from skysense_jax.ingest import acquisitions as acquisitions_lib
+from skysense_jax.ingest import labels, osm, places, sources
+from skysense_jax.ingest.acquisitions import Acquisition, Rejected
+from skysense_jax.ingest.places import Place
+from skysense_jax.ingest.rasters import Refused
+from skysense_jax.modalities import MODALITIES
+
+PLACES, ACQUISITIONS, LABELS, SOURCES = "places.parquet", "acquisitions.parquet", "labels.parquet", "sources.json"
+REJECTED = "rejected.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How places are chosen.
+
+    Attributes:
+      cells: along a side of a place.
+      require: rows of the table of which each place must have an acquisition.
+      validation_share: of blocks that are held out; block_km: their side.
+      land: polygons, degrees, outside of which no place has its centre; None: anywhere.
+      land_cover: a raster of classes; per_class: at most so many places of each. 0: all.
+      seed: of what is drawn.
+    """
+
+    cells: int = 64
+    require: tuple[str, ...] = ()
+    validation_share: float = 0.05
+    block_km: float = 20.0
+    land: shapely.Geometry | None = None
+    land_cover: pathlib.Path | None = None
+    per_class: int = 0
+    seed: int = 0
+
+
+def plan(
+    listed: sources.SourceList,
+    out: pathlib.Path,
+    *,
+    area: shapely.Geometry | None,
+    choice: Choice,
+) -> str:
+    """What was found and chosen, as a table; writes the manifest ``out``.
+
+    ``area``: of interest, degrees; None: wherever the sources have imagery.
+
+    Raises:
+      ValueError: ``out`` exists, or not one place is left.
+    """
+    if out.exists():
+        raise ValueError(f"--out: {out} exists; wanted a new folder")
+    found: list[Acquisition] = []
+    rejected: list[Rejected] = []
+    mapped: list[tuple[str, list[osm.Feature]]] = []
+    coverages: list[labels.Coverage] = []
+    for source in listed.sources:
+        if source.kind == sources.LABELS:
+            _read_labels(source, mapped, coverages, rejected)
+            continue
+        of_source, refused = sources.find(source, listed.rows)
+        found += of_source
+        rejected += refused
+    chosen = _choose(found, area, choice)
+    used = {row for place in chosen for row in place.acquisitions}
+    names = Counter(found[row].source for row in used)
+    for source in listed.sources:
+        if source.kind != sources.LABELS and not names[source.name]:
+            rejected.append(Rejected("source", source.name, "none of its files meets a place that was chosen"))
+    if not chosen:
+        reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected)
+        raise ValueError(f"no place is left of {len(found)} acquisitions; rejected:\n{reasons}")
+    unfinished = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        acquisitions_lib.write(found, unfinished / ACQUISITIONS)
+        places.write(chosen, unfinished / PLACES)
+        labels.write(mapped, unfinished / LABELS)
+        facts = {
+            "sources": [dict(name=s.name, kind=s.kind, licence=s.licence) for s in listed.sources],
+            "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
+            "labels": [dataclasses.asdict(coverage) for coverage in coverages],
+            "choice": {"cells": choice.cells, "require": list(choice.require), "seed": choice.seed},
+        }
+        (unfinished / SOURCES).write_text(json.dumps(facts, indent=1) + "\n")
+        write_rejected(rejected, unfinished / REJECTED)
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _table(listed.sources, found, used, chosen, rejected)
+
+
+def write_rejected(rejected: Sequence[Rejected], path: pathlib.Path) -> None:
+    """Writes JSON lines of ``Rejected``."""
+    path.write_text("".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in rejected))
+
+
+def _read_labels(
+    source: sources.Source,
+    mapped: list[tuple[str, list[osm.Feature]]],
+    coverages: list[labels.Coverage],
+    rejected: list[Rejected],
+) -> None:
+    table = osm.read_table(source.root / source.options["tags"]) if "tags" in source.options else osm.TAGS
+    for path in source.files:
+        name = f"{source.name}/{path.relative_to(source.root).as_posix()}"
+        try:
+            features, bounds, lost = labels.read_file(path, table=table)
+        except (Refused, OSError) as error:
+            rejected.append(Rejected("file", name, str(error)))
+            continue
+        rejected += [Rejected("file", name, reason) for reason in lost]
+        mapped.append((name, features))
+        coverages.append(labels.Coverage(name, bounds))
+
+
+def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice: Choice) -> list[Place]:
+    shown = shapely.union_all([box for acquisition in found for box in places.boxes_of(acquisition.bounds)])
+    area = shown if area is None else area.intersection(shown)
+    if choice.land is not None:
+        area = area.intersection(choice.land)
+    chosen = places.seen_by(list(places.grid(area, cells=choice.cells)), found) if not area.is_empty else []
+    wanted = set(choice.require)
+    chosen = [place for place in chosen if wanted <= {found[row].modality for row in place.acquisitions}]
+    if choice.land_cover is not None:
+        classes = _classes(chosen, choice.land_cover)
+        chosen = places.balanced(chosen, classes, most=choice.per_class, seed=choice.seed)
+    return places.with_splits(chosen, share=choice.validation_share, block_km=choice.block_km, seed=choice.seed)
+
+
+def _classes(chosen: Sequence[Place], path: pathlib.Path) -> dict[str, int]:
+    """The class of a raster under each place's centre; -1 outside of it."""
+    with rasterio.open(path) as file:
+        found = {}
+        for place in chosen:
+            longitude, latitude = place.square.centre()
+            (x,), (y,) = rasterio.warp.transform("EPSG:4326", file.crs, [longitude], [latitude])
+            inside = file.bounds.left <= x < file.bounds.right and file.bounds.bottom < y <= file.bounds.top
+            found[place.id] = int(next(file.sample([(x, y)]))[0]) if inside else -1
+    return found
+
+
+def _table(listed, found, used, chosen, rejected) -> str:
+    lines = [f"{'source':24} {'kind':8} {'found':>7} {'used':>7}"]
+    for source in listed:
+        rows = [row for row, acquisition in enumerate(found) if acquisition.source == source.name]
+        lines.append(f"{source.name:24} {source.kind:8} {len(rows):7} {sum(row in used for row in rows):7}")
+    splits = Counter(place.split for place in chosen)
+    lines.append(f"places: {splits[places.TRAIN]} to train on, {splits[places.VALIDATION]} held out")
+    lines += [f"rejected {entry.what} {entry.name}: {entry.reason}" for entry in rejected]
+    return "\n".join(lines)
+
+
+def read_area(text: str) -> shapely.Geometry:
+    """An area: "west,south,east,north" in degrees, or a GeoJSON file.
+
+    Raises:
+      ValueError: neither, or no place on Earth.
+    """
+    path = pathlib.Path(text)
+    if path.exists():
+        content = json.loads(path.read_text())
+        features = content.get("features", [content])
+        geometries = [shapely.geometry.shape(feature.get("geometry", feature)) for feature in features]
+        area = shapely.union_all(geometries)
+        west, south, east, north = area.bounds
+    else:
+        try:
+            west, south, east, north = (float(edge) for edge in text.split(","))
+        except ValueError as error:
+            raise ValueError(f"--area: got {text!r}; wanted west,south,east,north or a GeoJSON file") from error
+        area = shapely.box(west, south, east, north)
+    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
+        raise ValueError(f"--area: got {text!r}; wanted degrees, west before east, south before north")
+    return area
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Nothing; the command line."""
+    parser = argparse.ArgumentParser(description="Places that become samples, from a list of sources.")
+    parser.add_argument("--sources", type=pathlib.Path, required=True, help="TOML, see ingest/sources.py")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the manifest")
+    parser.add_argument("--area", help="west,south,east,north in degrees, or a GeoJSON file; without: all imagery")
+    parser.add_argument("--land", help="GeoJSON of land; places elsewhere are left out")
+    parser.add_argument("--land_cover", type=pathlib.Path, help="raster of classes to balance places by")
+    parser.add_argument("--per_class", type=int, default=1000, help="places of each class of it at most")
+    parser.add_argument("--cells", type=int, default=64, help="side of a place in cells of 10 m")
+    parser.add_argument("--require", default="", help="rows that each place must have, such as hr,s2")
+    parser.add_argument("--validation_share", type=float, default=0.05, help="of the ground that is held out")
+    parser.add_argument("--block_km", type=float, default=20.0, help="side of the blocks that are held out")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    try:
+        print(_run(given))
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _run(given: Any) -> str:
+    if not 1 <= given.cells <= MAX_EXTENT_CELLS:
+        raise ValueError(f"--cells: got {given.cells}; wanted 1 to {MAX_EXTENT_CELLS}")
+    if not 0 <= given.validation_share < 1 or given.block_km <= 0:
+        raise ValueError(
+            f"--validation_share, --block_km: got {given.validation_share}, {given.block_km}; wanted 0 to below 1, and "
+            "above 0"
+        )
+    listed = sources.read_list(given.sources)
+    require, known = tuple(name for name in given.require.split(",") if name), {row.name for row in listed.rows}
+    if not known.issuperset(require):
+        raise ValueError(f"--require: got {sorted(set(require) - known)}; wanted rows of {sorted(known)}")
+    choice = Choice(
+        cells=given.cells,
+        require=require,
+        validation_share=given.validation_share,
+        block_km=given.block_km,
+        land=None if given.land is None else read_area(given.land),
+        land_cover=given.land_cover,
+        per_class=given.per_class,
+        seed=given.seed,
+    )
+    area = None if given.area is None else read_area(given.area)
+    return plan(listed, given.out, area=area, choice=choice)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a sensor saw of a place: the acquisitions of one row of the table, read, brought to its cells, in its unit.
+
+Sentinel-1 and -2 go through sentinel.py, which knows their units; any other row is read as it is. A date that is of no
+use is left out with its reason, and the others go on; a band is never filled in.
+Next: rasters.py (how pixels come to cells), build.py (which places).
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+from rasterio.errors import RasterioError, RasterioIOError
+
+from skysense_jax.data.sample import Series
+from skysense_jax.data.shards import RETRY_AFTER_S
+from skysense_jax.ingest import sentinel
+from skysense_jax.ingest.acquisitions import Acquisition, Rejected, by_date
+from skysense_jax.ingest.rasters import (
+    Raster,
+    Refused,
+    Square,
+    all_positive,
+    mosaic,
+    native_gsd_m,
+    nearest,
+    read_window,
+)
+from skysense_jax.modalities import Modality
+
+_OF_SERVERS = re.compile(r"HTTP|CURL|timed? ?out|resolve host|connection", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Date:
+    """One date over a place.
+
+    Attributes:
+      image: [H W C] in the row's unit; arbitrary where not ``valid``.
+      valid, hidden: [H W] bool.
+      native_gsd_m: of its coarsest file.
+    """
+
+    image: np.ndarray
+    valid: np.ndarray
+    hidden: np.ndarray
+    native_gsd_m: float
+
+
+def read_series(
+    acquisitions: Sequence[Acquisition], square: Square, row: Modality, *, min_clear_share: float
+) -> tuple[Series | None, list[Rejected]]:
+    """The series of one row over ``square``, None if no date is left, and the dates that were left out.
+
+    ``min_clear_share``: of a date's pixels, valid and not hidden, below which it is left out.
+    """
+    read = {"s2": _read_s2, "s1": _read_s1}.get(row.name, _read_image)
+    dates: list[Date] = []
+    kept: list[Acquisition] = []
+    rejected = []
+    for group in by_date(acquisitions):
+        names = ", ".join(acquisition.id for acquisition in group)
+        try:
+            date = _again(functools.partial(read, group, square, row))
+            clear = float((date.valid & ~date.hidden).mean())
+            if clear < min_clear_share or not clear:
+                told = f"{clear:.1%} of its pixels are clear; wanted {min_clear_share:.1%}"
+                raise Refused(f"{told} ({float(date.valid.mean()):.1%} have data)")
+        except (Refused, RasterioError, OSError) as error:
+            rejected.append(Rejected("date", names, str(error)))
+            continue
+        dates.append(date)
+        kept.append(group[0])
+    if not dates:
+        return None, rejected
+    try:
+        return _joined(row, kept, dates), rejected
+    except Refused as error:
+        return None, [*rejected, Rejected("date", ", ".join(acquisition.id for acquisition in kept), str(error))]
+
+
+def _again(read: Callable[[], Date]) -> Date:
+    """``read()``, tried again where a server does not answer; what is damaged is told at once."""
+    for seconds in RETRY_AFTER_S:
+        try:
+            return read()
+        except RasterioIOError as error:
+            if not _OF_SERVERS.search(str(error)):
+                raise
+            time.sleep(seconds)
+    return read()
+
+
+def _joined(row: Modality, acquisitions: Sequence[Acquisition], dates: Sequence[Date]) -> Series:
+    images, valid, hidden = (np.stack([getattr(date, name) for date in dates]) for name in ("image", "valid", "hidden"))
+    days = [acquisition.day for acquisition in acquisitions]
+    gsd = max(date.native_gsd_m for date in dates)
+    if row.name == "s2":
+        return sentinel.s2_series(images, valid=valid, cloud=hidden, days=days, offsets=[0] * len(days))
+    if row.name == "s1":
+        orbits = [acquisition.orbit for acquisition in acquisitions]
+        return sentinel.s1_series(images, valid=valid, days=days, orbits=orbits, native_gsd_m=gsd)
+    return Series(images, valid, hidden, np.asarray(days, np.int32), np.zeros(len(days), np.uint8), gsd)
+
+
+def _read_image(group: Sequence[Acquisition], square: Square, row: Modality) -> Date:
+    return _date(_read(group, square, row), square, row, dtype=row.dtype)
+
+
+def _read_s1(group: Sequence[Acquisition], square: Square, row: Modality) -> Date:
+    """dB of the mean power: decibels are made linear before anything is averaged."""
+
+    def power(raster: Raster, acquisition: Acquisition) -> Raster:
+        numbers = raster.pixels.astype(np.float64)
+        valid = raster.valid & (np.isfinite(numbers) & (numbers != 0)).all(-1)
+        linear = 10 ** (np.where(valid[..., None], numbers, 0) / 10) if acquisition.unit == "dB" else numbers
+        return dataclasses.replace(raster, pixels=linear, valid=valid & (linear > 0).all(-1))
+
+    date = _date(_read(group, square, row, power), square, row, dtype=np.float32)
+    return dataclasses.replace(date, image=sentinel.decibels(date.image))
+
+
+def _read_s2(group: Sequence[Acquisition], square: Square, row: Modality) -> Date:
+    """Numbers without their offset, which may be below 0; SCL by the nearest pixel."""
+
+    def without_offset(raster: Raster, acquisition: Acquisition) -> Raster:
+        dn = raster.pixels.astype(np.float32)
+        return dataclasses.replace(raster, pixels=dn - acquisition.offset, valid=raster.valid & all_positive(dn))
+
+    date = _date(_read(group, square, row, without_offset), square, row, dtype=np.float32)
+    layers = [acquisition.classes for acquisition in group if acquisition.classes]
+    classes = [read_window(layer.path, square, bands=[layer.band], masked=False) for layer in layers]
+    classes = [raster for raster in classes if raster is not None]
+    if not classes:
+        return date
+    scl = nearest(classes, square, pixels_per_cell=row.pixels_per_cell)
+    return dataclasses.replace(date, valid=date.valid & sentinel.valid_by_scl(scl), hidden=sentinel.hidden_by_scl(scl))
+
+
+def _date(
+    found: Mapping[tuple[str, ...], Sequence[Raster]], square: Square, row: Modality, *, dtype: DTypeLike
+) -> Date:
+    """The bands of all sizes on the cells of the square, valid where all of them are."""
+    parts = [mosaic(rasters, square, pixels_per_cell=row.pixels_per_cell, dtype=dtype) for rasters in found.values()]
+    order = [band for bands in found for band in bands]
+    image = np.concatenate([part.pixels for part in parts], axis=-1)[..., [order.index(band) for band in row.bands]]
+    valid = np.logical_and.reduce([part.valid for part in parts])
+    gsd = max(native_gsd_m(raster, square.crs) for rasters in found.values() for raster in rasters)
+    return Date(image, valid, np.zeros_like(valid), gsd)
+
+
+_Change = Callable[[Raster, Acquisition], Raster]
+
+
+def _read(
+    group: Sequence[Acquisition], square: Square, row: Modality, change: _Change = lambda raster, acquisition: raster
+) -> dict[tuple[str, ...], list[Raster]]:
+    """For bands whose pixels have one size the rasters of all acquisitions that reach the square, after ``change``."""
+    found: dict[tuple[str, ...], list[Raster]] = {}
+    for acquisition in group:
+        for bands, raster in _of_one_size(acquisition, square, row.bands):
+            found.setdefault(bands, []).append(change(raster, acquisition))
+    if not found:
+        raise Refused("no file reaches this place")
+    if sum(map(len, found)) != row.num_bands:
+        raise Refused(f"files of one day differ in which bands have pixels of one size: {sorted(found)}")
+    return found
+
+
+def _of_one_size(
+    acquisition: Acquisition, square: Square, bands: Sequence[str]
+) -> list[tuple[tuple[str, ...], Raster]]:
+    """What an acquisition has of the square: a raster for each size of pixels, and its bands; empty if nothing."""
+    files: dict[str, list[str]] = {}
+    for band in bands:
+        files.setdefault(acquisition.layers[band].path, []).append(band)
+    sizes: dict[float, list[tuple[list[str], Raster]]] = {}
+    for path, names in files.items():
+        raster = read_window(path, square, bands=[acquisition.layers[name].band for name in names])
+        if raster is None:
+            return []
+        sizes.setdefault(raster.transform.a, []).append((names, raster))
+    return [
+        (tuple(name for names, _ in parts for name in names), _stacked([raster for _, raster in parts]))
+        for parts in sizes.values()
+    ]
+
+
+def _stacked(rasters: Sequence[Raster]) -> Raster:
+    """The bands of several files on one grid as one raster."""
+    first = rasters[0]
+    if any((r.transform, r.crs, r.valid.shape) != (first.transform, first.crs, first.valid.shape) for r in rasters):
+        raise Refused("files with pixels of one size lie on different grids")
+    pixels = np.concatenate([raster.pixels for raster in rasters], axis=-1)
+    return dataclasses.replace(first, pixels=pixels, valid=np.logical_and.reduce([raster.valid for raster in rasters]))

@@ -1,0 +1,171 @@
+"""The user's list of sources, a TOML file, and the acquisitions and label maps that they hold.
+
+    [[source]]
+    name = "aerial"            # in messages, statistics and the card
+    kind = "image"             # one of KINDS
+    files = "aerial/**/*.tif"  # a pattern, from the list's own folder
+    licence = "CC0-1.0"
+    modality = "hr"            # "image": the row of the table; further fields: those of the kind's reader
+
+    [[modality]]               # a row that the table lacks, with the arguments of modalities.Modality
+    name = "pan"
+
+A file that comes to nothing is named with its reason, and the others go on. Next: acquisitions.py, plan.py.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rasterio.errors
+
+from skysense_jax.ingest import geotiffs, safe
+from skysense_jax.ingest.acquisitions import Acquisition, Rejected
+from skysense_jax.ingest.rasters import Refused
+from skysense_jax.ingest.sentinel import BASELINE_OFFSET
+from skysense_jax.modalities import MODALITIES, Modality, select
+
+LABELS = "osm"  # the kind whose files are label maps, and no acquisitions
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An entry of the list.
+
+    Attributes:
+      name, kind, licence: see above.
+      root: the folder that the pattern begins in.
+      files: what the pattern found, sorted.
+      options: the other fields.
+    """
+
+    name: str
+    kind: str
+    licence: str
+    root: pathlib.Path
+    files: tuple[pathlib.Path, ...]
+    options: Mapping[str, Any]
+
+
+# By kind: its further fields, and their types.
+KINDS: Mapping[str, Mapping[str, type]] = {
+    "image": dict(modality=str, bands=list, day_pattern=str),
+    "s2_safe": {},
+    "s2_geotiff": dict(offset=int, bands=list, day_pattern=str),
+    "s1": dict(unit=str, orbit=str, day_pattern=str),
+    LABELS: dict(tags=str),
+}
+_NEEDED = (
+    ("image", "modality", "the row of the table that its images are"),
+    ("s2_geotiff", "offset", f"0, or {BASELINE_OFFSET} where the numbers are those of baseline 04.00 or later"),
+)
+_ALWAYS = ("name", "kind", "files", "licence")
+_WORDS = {
+    ("s2_geotiff", "offset"): (0, BASELINE_OFFSET),
+    ("s1", "unit"): ("linear", "dB"),
+    ("s1", "orbit"): ("ascending", "descending"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceList:
+    """The sources, and the rows of the table with the list's own."""
+
+    sources: tuple[Source, ...]
+    rows: tuple[Modality, ...]
+
+
+def read_list(path: pathlib.Path) -> SourceList:
+    """What a TOML file lists.
+
+    Raises:
+      ValueError: the file is none, or an entry lacks a field, has one that its kind does not know, or finds no file.
+    """
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--sources: {path}: {error}") from error
+    entries = content.get("source")
+    if not entries or not isinstance(entries, list):
+        raise ValueError(f"--sources: {path} has no entry [[source]]")
+    try:
+        rows = rows_with(content.get("modality", []))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"--sources: {path}, [[modality]]: {error}") from error
+    sources = tuple(_source(entry, path) for entry in entries)
+    twice = {source.name for source in sources if sum(other.name == source.name for other in sources) > 1}
+    if twice:
+        raise ValueError(f"--sources: {path}: name = {sorted(twice)} more than once")
+    return SourceList(sources, rows)
+
+
+def rows_with(new: Sequence[Mapping[str, Any]]) -> tuple[Modality, ...]:
+    """The rows of the table, then ``new`` ones, as TOML and JSON have them.
+
+    Raises:
+      TypeError, ValueError, AttributeError: they are no arguments of ``Modality``.
+    """
+    new = [{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in new]
+    return select([*MODALITIES, *(row.get("name", "?") for row in new)], new)
+
+
+def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
+    where = f"--sources: {path}, source {entry.get('name', '?')!r}"
+    for field in _ALWAYS:
+        if not isinstance(entry.get(field), str) or not entry[field]:
+            raise ValueError(f"{where}: {field} = {entry.get(field)!r}; wanted a text")
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"{where}: kind = {entry['kind']!r}; wanted one of {sorted(KINDS)}")
+    known = KINDS[entry["kind"]]
+    for field, value in entry.items():
+        if field not in (*_ALWAYS, *known):
+            raise ValueError(f"{where}: {field} is no field of {entry['kind']!r}; it has {sorted((*_ALWAYS, *known))}")
+        if field in known and not isinstance(value, known[field]):
+            raise ValueError(f"{where}: {field} = {value!r}; wanted a {known[field].__name__}")
+        words = _WORDS.get((entry["kind"], field))
+        if words and value not in words:
+            raise ValueError(f"{where}: {field} = {value!r}; wanted one of {words}")
+    for kind, field, why in _NEEDED:
+        if entry["kind"] == kind and field not in entry:
+            raise ValueError(f"{where}: {field} is missing: {why}")
+    pattern = pathlib.Path(entry["files"]).expanduser()
+    root = pathlib.Path(pattern.anchor) if pattern.is_absolute() else path.resolve().parent
+    files = tuple(sorted(root.glob(str(pattern.relative_to(pattern.anchor)))))
+    if not files:
+        raise ValueError(f"{where}: files = {entry['files']!r} finds nothing under {root}")
+    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
+    return Source(entry["name"], entry["kind"], entry["licence"], root, files, options)
+
+
+def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], list[Rejected]]:
+    """The acquisitions of a source, sorted by name, and its files that are none.
+
+    Raises:
+      ValueError: the source's modality is no row of ``rows``.
+    """
+    readers: list[tuple[pathlib.Path, Callable[..., Acquisition]]] = []
+    options = dict(source.options)
+    if source.kind == "image":
+        modality, table = options.pop("modality"), {row.name: row for row in rows}
+        if modality not in table:
+            raise ValueError(f"source {source.name!r}: modality = {modality!r}; wanted one of {sorted(table)}")
+        readers = [(path, functools.partial(geotiffs.read_image, path, table[modality])) for path in source.files]
+    elif source.kind == "s1":
+        groups = geotiffs.radar_files(source.files)
+        readers = [(min(files.values()), functools.partial(geotiffs.read_radar, files)) for files in groups]
+    elif source.kind == "s2_geotiff":
+        readers = [(path, functools.partial(geotiffs.read_surface, path)) for path in source.files]
+    elif source.kind == "s2_safe":
+        readers = [(path, functools.partial(safe.read_product, path)) for path in source.files]
+    found, rejected = [], []
+    for path, read in readers:
+        name = path.relative_to(source.root).as_posix()
+        try:
+            found.append(read(name=name, source=source.name, **options))
+        except (Refused, rasterio.errors.RasterioError, OSError) as error:
+            rejected.append(Rejected("file", name, str(error)))
+    return sorted(found, key=lambda acquisition: acquisition.id), rejected

@@ -1,0 +1,206 @@
+"""Pixels of a made-up Earth come back where they lie, whatever the source's grid, and in the table's unit."""
+
+import numpy as np
+import pytest
+import rasterio.warp
+from rasterio.errors import RasterioIOError
+from rasterio.transform import from_origin
+
+from skysense_jax.ingest import acquisitions, geotiffs, safe
+from skysense_jax.ingest import series as lib
+from skysense_jax.ingest.acquisitions import Acquisition
+from skysense_jax.ingest.places import Place
+from skysense_jax.ingest.series import read_series
+from skysense_jax.modalities import MODALITIES
+from tests.ingest import earth
+
+CELLS = 64
+PLACE = Place(earth.ZONE, earth.WEST, earth.NORTH, CELLS)
+HR, S2, S1 = (MODALITIES[name] for name in ("hr", "s2", "s1"))
+
+
+def _ground(row):
+    """Where the pixels of the place's square lie."""
+    side = CELLS * row.pixels_per_cell
+    return earth.centres(PLACE.square.transform(row.pixels_per_cell), side, side, earth.ZONE)
+
+
+def _image(path, row=HR, **options):
+    return geotiffs.read_image(path, row, name=path.name, source="aerial", **options)
+
+
+def _read(found, row, *, min_clear_share=0.1):
+    series, rejected = read_series(found, PLACE.square, row, min_clear_share=min_clear_share)
+    assert not rejected, rejected
+    return series
+
+
+# Half a source pixel off, a wave of 12 m and a height of 100 changes by 100 * 2 pi / 12 * pixel / 2.
+def _half_a_pixel(size_m):
+    return 100 * 2 * np.pi / 12 * size_m / 2
+
+
+@pytest.mark.parametrize(
+    ("epsg", "size", "corner", "size_m"),
+    [
+        (earth.ZONE, 0.3125, None, 0.3125),  # the cells' own grid
+        (earth.ZONE, 0.5, (-3.3, 2.9), 0.5),  # coarser, off the grid
+        (earth.ZONE, 0.2, (-1.1, 0.7), 0.2),  # finer
+        (32631, 0.4, None, 0.4),  # the zone beside, turned by four degrees
+        (3857, 0.5, None, 0.33),  # Web Mercator: a metre there is 0.65 m here
+        (4326, 4e-6, None, 0.45),  # degrees
+    ],
+)
+def test_images_of_any_grid_lie_where_they_are(tmp_path, epsg, size, corner, size_m):
+    west, south, east, north = _bounds(epsg, corner or (-20, 20))
+    height, width = int((north - south) / size), int((east - west) / size)
+    halves = [(0, width // 2 + 1), (width // 2 + 1, width)]  # cut in two: a seam through the middle
+    found = []
+    for number, (left, right) in enumerate(halves):
+        path = tmp_path / f"{number}.tif"
+        earth.write_aerial(
+            path, west=west + left * size, north=north, width=right - left, height=height, size=size, epsg=epsg
+        )
+        found.append(_image(path))
+    series = _read(found, HR)
+    assert series.images.shape == (1, 2048, 2048, 3)
+    assert series.valid.all()  # the seam too
+    error = np.abs(series.images[0].astype(float) - earth.colours(*_ground(HR)))
+    assert error.max() < _half_a_pixel(max(size_m, 0.3125)) + 1, error.max()
+    assert error.mean() < 0.25 * _half_a_pixel(max(size_m, 0.3125))
+
+
+def _bounds(epsg, corner):
+    """In units of ``epsg``, around the place by some metres."""
+    dx, dy = corner
+    west, south, east, north = PLACE.square.bounds
+    around = (west + dx, south - dy, east - dx, north + dy)
+    if epsg == earth.ZONE:
+        return around
+    return rasterio.warp.transform_bounds(f"EPSG:{earth.ZONE}", f"EPSG:{epsg}", *around)
+
+
+def test_north_is_up(tmp_path):
+    x, y = earth.centres(from_origin(earth.WEST, earth.NORTH, 0.3125, 0.3125), 2048, 2048, earth.ZONE)
+    south, east = earth.NORTH - y > 320, x - earth.WEST > 320
+    pixels = np.stack([200 * south, 200 * east, 100 * (south & east)], -1).astype(np.uint8)
+    earth.write_tif(tmp_path / "a.tif", pixels, from_origin(earth.WEST, earth.NORTH, 0.3125, 0.3125), earth.ZONE)
+    image = _read([_image(tmp_path / "a.tif")], HR).images[0]
+    assert image[1536, 512].tolist() == [200, 0, 0]  # the south-west
+    assert image[512, 1536].tolist() == [0, 200, 0]  # the north-east
+
+
+@pytest.mark.parametrize("epsg", [earth.ZONE, 32631])
+@pytest.mark.parametrize(("baseline", "offset"), [("0301", 0), ("0400", 1000), ("0509", 1000)])
+def test_bands_of_ten_and_twenty_metres_lie_on_each_other_without_their_offset(tmp_path, epsg, baseline, offset):
+    west, _, _, north = _bounds(epsg, (-600, 600))
+    corner = dict(west=20 * round(west / 20), north=20 * round(north / 20), side_m=2400) if epsg != earth.ZONE else {}
+    folder = earth.write_safe(tmp_path, baseline=baseline, epsg=epsg, **corner)
+    product = safe.read_product(folder, name="a", source="s2")
+    assert (product.offset, product.rank) == (offset, int(baseline))
+    series = _read([product], S2)
+    assert series.valid.all()
+    assert not series.cloud.any()
+    wanted = np.stack([earth.reflectances(*_ground(S2), band) for band in range(10)], -1)
+    error = np.abs(series.images[0].astype(float) - wanted)
+    a_metre = 300 * 2 * np.pi / 240
+    in_20m = [S2.bands.index(band) for band in ("B5", "B6", "B7", "B8A", "B11", "B12")]
+    in_10m = [band for band in range(10) if band not in in_20m]
+    assert error[..., in_10m].max() < (1 if epsg == earth.ZONE else 1.2 * a_metre)
+    assert error[..., in_20m].max() < 2.5 * a_metre  # of 10, half a pixel; straight lines between waves' points
+    assert series.days.tolist() == [int(np.datetime64("2022-06-15", "D").astype(int))]
+
+
+def test_clouds_and_missing_ground_are_told_apart(tmp_path):
+    cloudy = lambda x, y: (x - earth.WEST < 200) & (earth.NORTH - y < 640)  # noqa: E731
+    missing = lambda x, y: x - earth.WEST > 500  # noqa: E731
+    product = safe.read_product(earth.write_safe(tmp_path, scl=cloudy, empty=missing), name="a", source="s2")
+    series = _read([product], S2)
+    assert series.cloud[0, :, :20].all()
+    assert not series.cloud[0, :, 20:].any()
+    assert series.valid[0, :, :48].all()
+    assert not series.valid[0, :, 50:].any()
+
+
+def test_date_of_no_use_is_left_out_with_its_reason_and_the_others_stay(tmp_path):
+    all_of_it = lambda x, y: x == x  # noqa: E731
+    folders = [
+        earth.write_safe(tmp_path, day="20220601", scl=all_of_it),
+        earth.write_safe(tmp_path, day="20220606"),
+        earth.write_safe(tmp_path, day="20220611"),
+    ]
+    jp2 = next(folders[2].rglob("*_B08_10m.jp2"))
+    jp2.write_bytes(jp2.read_bytes()[:2000])
+    found = [safe.read_product(folder, name=folder.name, source="s2") for folder in folders]
+    series, rejected = read_series(found, PLACE.square, S2, min_clear_share=0.1)
+    assert series.days.tolist() == [int(np.datetime64("2022-06-06", "D").astype(int))]
+    assert [entry.name[11:19] for entry in rejected] == ["20220601", "20220611"]
+    assert "0.0% of its pixels are clear; wanted 10.0% (100.0% have data)" in rejected[0].reason
+    assert rejected[1].what == "date"
+
+
+def test_two_products_of_a_day_are_one_date_and_the_later_baseline_counts(tmp_path):
+    half = lambda x, y: x - earth.WEST > 320  # noqa: E731
+    east = earth.write_safe(tmp_path / "a", baseline="0509", empty=lambda x, y: ~half(x, y))
+    old = earth.write_safe(tmp_path / "b", baseline="0301")
+    found = [safe.read_product(folder, name=str(i), source="s2") for i, folder in enumerate((old, east))]
+    series = _read(found, S2)
+    assert len(series.days) == 1
+    assert series.valid.all()
+    wanted = np.stack([earth.reflectances(*_ground(S2), band) for band in range(10)], -1)
+    assert np.abs(series.images[0].astype(float) - wanted).max() < 4 * 300 * 2 * np.pi / 240  # of 10, half a pixel
+
+
+@pytest.mark.parametrize(("unit", "size"), [("linear", 10), ("dB", 10), ("linear", 20)])
+def test_backscatter_is_the_decibels_of_mean_power(tmp_path, unit, size):
+    earth.write_radar(tmp_path / "a.tif", unit=unit, size=size)
+    found = geotiffs.read_radar(dict.fromkeys(("VV", "VH"), tmp_path / "a.tif"), name="a", source="s1")
+    assert (found.unit, found.orbit) == (unit, "ascending")
+    series = _read([found], S1)
+    wanted = 10 * np.log10(np.stack([earth.power(*_ground(S1), band) for band in (0, 1)], -1))
+    assert np.abs(series.images[0].astype(float) - wanted).max() < (0.01 if size == 10 else 0.15)  # half a pixel: 1
+    assert series.native_gsd_m == pytest.approx(size)
+
+
+def test_band_that_no_file_has_is_never_filled_in(tmp_path):
+    folder = earth.write_safe(tmp_path)
+    product = safe.read_product(folder, name="a", source="s2")
+    next(folder.rglob("*_B11_20m.jp2")).unlink()
+    series, rejected = read_series([product], PLACE.square, S2, min_clear_share=0.1)
+    assert series is None
+    assert "B11_20m.jp2" in rejected[0].reason
+
+
+def test_file_that_does_not_reach_the_place_says_so(tmp_path):
+    earth.write_aerial(tmp_path / "a.tif", west=earth.WEST + 5000, north=earth.NORTH, width=64, height=64, size=0.3125)
+    series, rejected = read_series([_image(tmp_path / "a.tif")], PLACE.square, HR, min_clear_share=0.1)
+    assert series is None
+    assert rejected[0].reason == "no file reaches this place"
+
+
+def test_server_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
+    earth.write_radar(tmp_path / "a.tif")
+    found = geotiffs.read_radar(dict.fromkeys(("VV", "VH"), tmp_path / "a.tif"), name="a", source="s1")
+    asked, waited, read = [], [], lib.read_window
+
+    def failing(*args, **kwargs):
+        asked.append(1)
+        if len(asked) < 3:
+            raise RasterioIOError("HTTP response code: 503")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(lib, "read_window", failing)
+    monkeypatch.setattr(lib.time, "sleep", waited.append)
+    assert _read([found], S1).valid.all()
+    assert waited == [0.5, 2]
+    monkeypatch.setattr(lib, "read_window", lambda *a, **k: (_ for _ in ()).throw(RasterioIOError("HTTP 503")))
+    series, rejected = read_series([found], PLACE.square, S1, min_clear_share=0.1)
+    assert series is None
+    assert rejected == [lib.Rejected("date", "a", "HTTP 503")]
+
+
+def test_acquisition_survives_its_table(tmp_path):
+    product = safe.read_product(earth.write_safe(tmp_path), name="a", source="s2")
+    other = Acquisition("b", "x", "hr", (179.5, -1.0, -179.5, 1.0), {"R": acquisitions.Layer("r.tif", 2)})
+    acquisitions.write([product, other], tmp_path / "t.parquet")
+    assert acquisitions.read(tmp_path / "t.parquet") == [product, other]
