@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec
 
-_MISSING = [name for name in ("h5py", "netCDF4", "osmium", "pyarrow", "rasterio", "shapely") if find_spec(name) is None]
+_NEEDED = ("h5py", "netCDF4", "odc.stac", "osmium", "pyarrow", "pystac_client", "rasterio", "shapely")
+_MISSING = [name for name in _NEEDED if find_spec(name.split(".")[0]) is None]
 if _MISSING:
     raise ModuleNotFoundError(
         f"skysense_jax.ingest needs {', '.join(_MISSING)}, which training does not: pip install --editable '.[ingest]'"

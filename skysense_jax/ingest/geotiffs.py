@@ -167,6 +167,12 @@ def _described(file: rasterio.DatasetReader, name: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def unit_of(layer: Layer) -> str:
+    """ "linear" or "dB", by the range of a radar's numbers; raises Refused if they are neither."""
+    with rasterio.open(layer.path) as file:
+        return _unit(file, layer.band)
+
+
 def _unit(file: rasterio.DatasetReader, band: int) -> str:
     """ "linear" or "dB", by an overview of the band; raises Refused if its numbers are neither."""
     shape = (min(_LOOK_AT, file.height), min(_LOOK_AT, file.width))

@@ -17,12 +17,12 @@ import dataclasses
 import functools
 import pathlib
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rasterio.errors
 
-from skysense_jax.ingest import geotiffs, safe
+from skysense_jax.ingest import geotiffs, safe, stac
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
@@ -38,7 +38,7 @@ class Source:
     Attributes:
       name, kind, licence: see above.
       root: the folder that the pattern begins in.
-      files: what the pattern found, sorted.
+      files: what the pattern found, sorted; a catalogue's address as it is.
       options: the other fields.
     """
 
@@ -46,7 +46,7 @@ class Source:
     kind: str
     licence: str
     root: pathlib.Path
-    files: tuple[pathlib.Path, ...]
+    files: tuple[pathlib.Path | str, ...]
     options: Mapping[str, Any]
 
 
@@ -56,9 +56,11 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "s2_safe": {},
     "s2_geotiff": dict(offset=int, bands=list, day_pattern=str),
     "s1": dict(unit=str, orbit=str, day_pattern=str),
+    "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str),
     LABELS: dict(tags=str),
 }
 _NEEDED = (
+    ("stac", "modality", "s2 or s1"),
     ("image", "modality", "the row of the table that its images are"),
     ("s2_geotiff", "offset", f"0, or {BASELINE_OFFSET} where the numbers are those of baseline 04.00 or later"),
 )
@@ -67,6 +69,8 @@ _WORDS = {
     ("s2_geotiff", "offset"): (0, BASELINE_OFFSET),
     ("s1", "unit"): ("linear", "dB"),
     ("s1", "orbit"): ("ascending", "descending"),
+    ("stac", "unit"): ("linear", "dB"),
+    ("stac", "modality"): ("s2", "s1"),
 }
 
 
@@ -132,12 +136,14 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
     for kind, field, why in _NEEDED:
         if entry["kind"] == kind and field not in entry:
             raise ValueError(f"{where}: {field} is missing: {why}")
+    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
+    if entry["kind"] == "stac" and "://" in entry["files"]:
+        return Source(entry["name"], "stac", entry["licence"], pathlib.Path(), (entry["files"],), options)
     pattern = pathlib.Path(entry["files"]).expanduser()
     root = pathlib.Path(pattern.anchor) if pattern.is_absolute() else path.resolve().parent
     files = tuple(sorted(root.glob(str(pattern.relative_to(pattern.anchor)))))
     if not files:
         raise ValueError(f"{where}: files = {entry['files']!r} finds nothing under {root}")
-    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
     return Source(entry["name"], entry["kind"], entry["licence"], root, files, options)
 
 
@@ -147,25 +153,39 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
     Raises:
       ValueError: the source's modality is no row of ``rows``.
     """
-    readers: list[tuple[pathlib.Path, Callable[..., Acquisition]]] = []
+    found, rejected = [], []
+    for name, read in _readers(source, rows, rejected):
+        try:
+            found.append(read())
+        except (Refused, rasterio.errors.RasterioError, OSError) as error:
+            rejected.append(Rejected("file", f"{source.name}/{name}", str(error)))
+    return sorted(found, key=lambda acquisition: acquisition.id), rejected
+
+
+def _readers(
+    source: Source, rows: Sequence[Modality], rejected: list[Rejected]
+) -> Iterator[tuple[str, Callable[[], Acquisition]]]:
+    """For each file, group of files or item of a source its name and what reads it."""
     options = dict(source.options)
+    if source.kind == "stac":
+        what = {key: options.pop(key) for key in ("collections", "bbox", "dates") if key in options}
+        for href in source.files:
+            try:
+                for item in stac.items(str(href), **what):
+                    yield item.id, functools.partial(stac.read_item, item, source=source.name, **options)
+            except Refused as error:
+                rejected.append(Rejected("file", f"{source.name}: {href}", str(error)))
+        return
     if source.kind == "image":
         modality, table = options.pop("modality"), {row.name: row for row in rows}
         if modality not in table:
             raise ValueError(f"source {source.name!r}: modality = {modality!r}; wanted one of {sorted(table)}")
-        readers = [(path, functools.partial(geotiffs.read_image, path, table[modality])) for path in source.files]
-    elif source.kind == "s1":
-        groups = geotiffs.radar_files(source.files)
-        readers = [(min(files.values()), functools.partial(geotiffs.read_radar, files)) for files in groups]
-    elif source.kind == "s2_geotiff":
-        readers = [(path, functools.partial(geotiffs.read_surface, path)) for path in source.files]
-    elif source.kind == "s2_safe":
-        readers = [(path, functools.partial(safe.read_product, path)) for path in source.files]
-    found, rejected = [], []
-    for path, read in readers:
+        read = functools.partial(geotiffs.read_image, row=table[modality])
+    else:
+        read = {"s1": geotiffs.read_radar, "s2_geotiff": geotiffs.read_surface, "s2_safe": safe.read_product}[
+            source.kind
+        ]
+    for files in geotiffs.radar_files(source.files) if source.kind == "s1" else source.files:
+        path = min(files.values()) if isinstance(files, dict) else files
         name = path.relative_to(source.root).as_posix()
-        try:
-            found.append(read(name=name, source=source.name, **options))
-        except (Refused, rasterio.errors.RasterioError, OSError) as error:
-            rejected.append(Rejected("file", name, str(error)))
-    return sorted(found, key=lambda acquisition: acquisition.id), rejected
+        yield name, functools.partial(read, files, name=name, source=source.name, **options)

@@ -142,7 +142,9 @@ def test_pixels_and_labels_of_a_sample_are_those_of_its_ground(dataset):
 def test_files_that_came_to_nothing_are_named_with_the_reason(dataset):
     rejected = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
     files = {entry["name"]: entry["reason"] for entry in rejected if entry["what"] == "file"}
-    assert files == {"aerial/nowhere.tif": "no coordinate system: where it lies and the size of its pixels are unknown"}
+    assert files == {
+        "aerial/aerial/nowhere.tif": "no coordinate system: where it lies and the size of its pixels are unknown"
+    }
 
 
 def test_statistics_are_those_of_all_pixels_together(dataset):
