@@ -98,7 +98,7 @@ class Builder:
         histograms, rejected, samples = Histograms(self._rows), [], []
         payloads = []
         for place in self._places[shard.start : shard.stop]:
-            sample, refused = self._sample(place)
+            sample, refused = self.sample(place)
             rejected += refused
             if sample is None:
                 continue
@@ -121,7 +121,7 @@ class Builder:
         unfinished.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(unfinished, part)
 
-    def _sample(self, place: Place) -> tuple[Sample | None, list[Rejected]]:
+    def sample(self, place: Place) -> tuple[Sample | None, list[Rejected]]:
         """The sample of a place, None if it has not what it must have, and all that was left out, with reasons."""
         of_row: dict[str, list[Acquisition]] = {}
         for index in place.acquisitions:

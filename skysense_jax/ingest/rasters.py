@@ -135,7 +135,8 @@ def read_window(
             return None
         window = Window(left, top, right - left, bottom - top)
         pixels = np.moveaxis(source.read(list(bands), window=window), 0, -1)
-        valid = np.isfinite(pixels).all(-1)
+        whole_numbers = pixels.dtype.kind in "ui"
+        valid = np.ones(pixels.shape[:2], bool) if whole_numbers else np.isfinite(pixels).all(-1)
         if masked and source.nodata is not None:
             valid &= (pixels != source.nodata).any(-1)
         return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
@@ -236,21 +237,77 @@ def mosaic(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int, d
     Raises:
       Refused: a native pixel would be stretched by more than ``MAX_STRETCH``.
     """
-    total = np.float32(0)
+    rasters = _on_one_grid(rasters)
+    dtype = np.dtype(dtype or rasters[0].pixels.dtype)
+    if rasters[0].pixels.dtype == dtype and rasters[0].valid.all() and _covers(rasters[0], square):
+        pixels = _warp(np.moveaxis(rasters[0].pixels, -1, 0), rasters[0], square, pixels_per_cell)
+        return Resampled(pixels=np.moveaxis(pixels, 0, -1), valid=np.ones(pixels.shape[1:], bool))
+    total = None
     for raster in rasters:
         layers = _on_cells(raster, square, pixels_per_cell)
-        room = np.clip(1 - total[-1], 0, 1) if np.ndim(total) else np.float32(1)
-        total = total + layers * np.minimum(1, room / np.maximum(layers[-1], 1e-6))
+        if total is None:
+            total = layers
+        else:
+            total += layers * np.minimum(1, np.clip(1 - total[-1], 0, 1) / np.maximum(layers[-1], 1e-6))
+        if total[-1].min() > _COVERED:
+            break  # the others would add nothing
     covered = total[-1]
     pixels = np.moveaxis(total[:-1] / np.maximum(covered, 1e-6), 0, -1)
-    dtype = np.dtype(dtype or rasters[0].pixels.dtype)
     if dtype.kind in "ui":
-        pixels = np.clip(np.rint(pixels), np.iinfo(dtype).min, np.iinfo(dtype).max)
+        pixels = np.clip(np.rint(pixels, out=pixels), np.iinfo(dtype).min, np.iinfo(dtype).max)
     return Resampled(pixels=pixels.astype(dtype), valid=covered > _COVERED)
+
+
+def _on_one_grid(rasters: Sequence[Raster]) -> list[Raster]:
+    """The rasters, those whose pixels lie on one grid put together again; where they overlap the first counts."""
+    found: list[Raster] = []
+    for raster in rasters:
+        for number, other in enumerate(found):
+            offset = _offset(other.transform, raster.transform) if other.crs == raster.crs else None
+            if offset is not None and other.pixels.dtype == raster.pixels.dtype:
+                found[number] = _put_together(other, raster, *offset)
+                break
+        else:
+            found.append(raster)
+    return found
+
+
+def _offset(one: Affine, other: Affine) -> tuple[int, int] | None:
+    """Row and column in the first grid of the second one's corner, None if they are not the same pixels."""
+    column, row = ~one * (other.c, other.f)
+    scale = max(abs(other.a / one.a - 1), abs(other.e / one.e - 1))
+    if scale > 1e-9 or max(abs(row - round(row)), abs(column - round(column))) > 1e-4:
+        return None
+    return round(row), round(column)
+
+
+def _put_together(first: Raster, second: Raster, row: int, column: int) -> Raster:
+    """Both, the second's corner being the first's pixel (row, column)."""
+    shapes = np.array([first.valid.shape, second.valid.shape])
+    corners = np.array([(0, 0), (row, column)])
+    start = corners.min(0)
+    height, width = (corners + shapes).max(0) - start
+    pixels = np.zeros((height, width, first.pixels.shape[-1]), first.pixels.dtype)
+    valid = np.zeros((height, width), bool)
+    for raster, corner in zip((second, first), corners[::-1] - start):
+        here = tuple(slice(low, low + size) for low, size in zip(corner, raster.valid.shape))
+        pixels[here] = np.where(raster.valid[..., None], raster.pixels, pixels[here])
+        valid[here] |= raster.valid
+    transform = first.transform * Affine.translation(start[1], start[0])
+    return dataclasses.replace(first, pixels=pixels, valid=valid, transform=transform)
 
 
 def _on_cells(raster: Raster, square: Square, pixels_per_cell: int) -> Float[np.ndarray, "_ H W"]:
     """For each target pixel the sum of its source pixels' numbers, each times its share, and of their shares."""
+    pixels = np.moveaxis(raster.pixels, -1, 0)
+    layers = np.concatenate((np.where(raster.valid, pixels, 0), raster.valid[None]), dtype=np.float32)
+    return _warp(layers, raster, square, pixels_per_cell, margin=_MARGIN)
+
+
+def _warp(
+    layers: Shaped[np.ndarray, "_ h w"], raster: Raster, square: Square, pixels_per_cell: int, *, margin: int = 0
+) -> Shaped[np.ndarray, "_ H W"]:
+    """Layers on the raster's pixels, with ``margin`` zeros around them, brought to the square's; raises Refused."""
     size, side = METRES_PER_CELL / pixels_per_cell, square.cells * pixels_per_cell
     native = native_gsd_m(raster, square.crs)
     if native > MAX_STRETCH * size * _ROUNDING:
@@ -258,21 +315,18 @@ def _on_cells(raster: Raster, square: Square, pixels_per_cell: int) -> Float[np.
             f"pixels of {native:.3g} m; wanted at most {MAX_STRETCH * size:.4g} m for a row of {size:.4g} m: "
             "nothing is stretched by more than 2x (coarser imagery is another row of the table)"
         )
-    weight = raster.valid[..., None].astype(np.float32)
-    layers = np.concatenate((np.where(raster.valid[..., None], raster.pixels, 0), weight), -1, dtype=np.float32)
-    layers = np.ascontiguousarray(np.moveaxis(layers, -1, 0))
-    out = np.zeros((len(layers), side, side), np.float32)
-    target = square.transform(pixels_per_cell)
+    out, target = np.zeros((len(layers), side, side), layers.dtype), square.transform(pixels_per_cell)
     place = _shift(raster, square, target)
     if place is not None:
         _paste(layers, out, *place)
         return out
-    layers = np.pad(layers, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
+    if margin:
+        layers = np.pad(layers, ((0, 0), (margin, margin), (margin, margin)))
     a, e = raster.transform.a, raster.transform.e
     rasterio.warp.reproject(
-        layers,
+        np.ascontiguousarray(layers),
         out,
-        src_transform=Affine(a, 0, raster.transform.c - _MARGIN * a, 0, e, raster.transform.f - _MARGIN * e),
+        src_transform=Affine(a, 0, raster.transform.c - margin * a, 0, e, raster.transform.f - margin * e),
         src_crs=raster.crs,
         dst_transform=target,
         dst_crs=square.crs,
@@ -281,15 +335,22 @@ def _on_cells(raster: Raster, square: Square, pixels_per_cell: int) -> Float[np.
     return out
 
 
+def _covers(raster: Raster, square: Square) -> bool:
+    """Whether the raster reaches two pixels and more beyond the square on all sides."""
+    west, south, east, north = square.bounds
+    along = np.linspace(0, 1, 21)
+    xs = np.concatenate([west + along * (east - west)] * 2 + [np.full(21, west), np.full(21, east)])
+    ys = np.concatenate([np.full(21, south), np.full(21, north)] + [south + along * (north - south)] * 2)
+    columns, rows = ~raster.transform * np.array(
+        rasterio.warp.transform(square.crs, raster.crs, xs.tolist(), ys.tolist())
+    )
+    height, width = raster.valid.shape
+    return bool(min(columns.min(), rows.min()) >= 2 and columns.max() <= width - 2 and rows.max() <= height - 2)
+
+
 def _shift(raster: Raster, square: Square, target: Affine) -> tuple[int, int] | None:
     """Row and column of the square's corner in the raster if their pixels are the same ones, else None."""
-    if raster.crs != square.crs:
-        return None
-    column, row = ~raster.transform * (target.c, target.f)
-    scale = max(abs(target.a / raster.transform.a - 1), abs(target.e / raster.transform.e - 1))
-    if scale > 1e-9 or max(abs(row - round(row)), abs(column - round(column))) > 1e-6:
-        return None
-    return round(row), round(column)
+    return _offset(raster.transform, target) if raster.crs == square.crs else None
 
 
 def _paste(layers: np.ndarray, out: np.ndarray, row: int, column: int) -> None:

@@ -80,6 +80,16 @@ def _bounds(epsg, corner):
     return rasterio.warp.transform_bounds(f"EPSG:{earth.ZONE}", f"EPSG:{epsg}", *around)
 
 
+def test_images_on_different_grids_fill_each_other_up(tmp_path):
+    how = dict(north=earth.NORTH + 20, height=1600, size=0.5)
+    earth.write_aerial(tmp_path / "a.tif", west=earth.WEST - 20.0, width=681, **how)
+    earth.write_aerial(tmp_path / "b.tif", west=earth.WEST + 320.13, width=800, **how)  # from 0.37 m before a's edge on
+    series = _read([_image(tmp_path / name) for name in ("a.tif", "b.tif")], HR)
+    assert series.valid.all()
+    error = np.abs(series.images[0].astype(float) - earth.colours(*_ground(HR)))
+    assert error.max() < _half_a_pixel(0.5) + 1
+
+
 def test_north_is_up(tmp_path):
     x, y = earth.centres(from_origin(earth.WEST, earth.NORTH, 0.3125, 0.3125), 2048, 2048, earth.ZONE)
     south, east = earth.NORTH - y > 320, x - earth.WEST > 320
