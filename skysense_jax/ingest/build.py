@@ -9,13 +9,15 @@ rejected.jsonl and README.md, the dataset's card. Next: series.py (reading), car
 import argparse
 import concurrent.futures
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +32,11 @@ from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
-from skysense_jax.ingest.series import read_series
+from skysense_jax.ingest.series import UNREACHABLE, read_series
 from skysense_jax.ingest.sources import rows_with
 from skysense_jax.modalities import OSM, Modality
 
-PARTS, FACTS = "parts", "build.json"
+PARTS, FACTS, LOCK = "parts", "build.json", ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +89,12 @@ class Builder:
         self.shards = shards(self._places, places_per_shard=places_per_shard)
 
     def build(self, shard: Shard) -> None:
-        """Writes one shard, unless it is there.
+        """Writes one shard.
 
         Raises:
           OSError: it cannot be written. What cannot be read is listed, and the others go on.
         """
         part = self._out / PARTS / f"{shard.name}.json"
-        if part.exists():
-            return
         histograms, rejected, samples = Histograms(self._rows), [], []
         payloads = []
         for place in self._places[shard.start : shard.stop]:
@@ -156,7 +156,7 @@ class Builder:
         return sample, rejected
 
     def _of_labels(self, labels: np.ndarray | None) -> set[str]:
-        names = {coverage.source.split("/")[0] for coverage in self._coverages} if labels is not None else set()
+        names = {coverage.source.partition("/")[0] for coverage in self._coverages} if labels is not None else set()
         return {self._licences[name] for name in names}
 
 
@@ -197,17 +197,41 @@ def build(
     if not (manifest / plan.PLACES).exists():
         raise ValueError(f"--manifest: {manifest} has no {plan.PLACES}; wanted a folder that ingest.plan wrote")
     how = dict(places_per_shard=places_per_shard, min_clear_share=min_clear_share)
-    _claim(out, {"manifest": _digest(manifest), **how})
-    builder = Builder(manifest, out, **how)
-    missing = [shard for shard in builder.shards if not (out / PARTS / f"{shard.name}.json").exists()]
+    lock = _claim(out, {"manifest": _digest(manifest), **how})
+    with lock:
+        return _build(manifest, out, workers=workers, **how)
+
+
+def _build(manifest: pathlib.Path, out: pathlib.Path, *, workers: int, **how: Any) -> str:
+    make = functools.partial(Builder, manifest, out, **how)
+    builder = make()
+    missing = [shard for shard in builder.shards if not _is_done(out / PARTS / f"{shard.name}.json")]
     if workers > 1 and len(missing) > 1:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
-            list(pool.map(builder.build, missing))
+        context, size = multiprocessing.get_context("spawn"), min(workers, len(missing))
+        with concurrent.futures.ProcessPoolExecutor(size, context, initializer=_begin, initargs=(make,)) as pool:
+            list(pool.map(_build_one, missing))
     else:
         for shard in missing:
             builder.build(shard)
     return finish(manifest, out, builder.shards)
+
+
+_WORKER: list[Builder] = []  # a process' own: it is made once, and not sent with each shard
+
+
+def _begin(make: Callable[[], Builder]) -> None:
+    _WORKER[:] = [make()]
+
+
+def _build_one(shard: Shard) -> None:
+    _WORKER[0].build(shard)
+
+
+def _is_done(part: pathlib.Path) -> bool:
+    """Whether a shard is written and nothing of it was out of reach then."""
+    if not part.exists():
+        return False
+    return not any(entry["reason"].startswith(UNREACHABLE) for entry in json.loads(part.read_text())["rejected"])
 
 
 def finish(manifest: pathlib.Path, out: pathlib.Path, made: Sequence[Shard]) -> str:
@@ -247,10 +271,20 @@ def _digest(manifest: pathlib.Path) -> str:
     return total.hexdigest()
 
 
-def _claim(out: pathlib.Path, facts: dict) -> None:
-    """Makes ``out`` the place of this build, clears what a killed one left, or refuses another one's place."""
+def _claim(out: pathlib.Path, facts: Mapping[str, Any]) -> TextIO:
+    """Makes ``out`` the place of this build while what it returns is open; clears what a killed one left.
+
+    Raises:
+      ValueError: another build's place, or one that is at work.
+    """
+    if out.is_dir() and any(out.iterdir()) and not ((out / FACTS).exists() or (out / LOCK).exists()):
+        raise ValueError(f"--out: {out} is not empty and no build of ours; wanted a new folder")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    path = out / FACTS
+    path, lock = out / FACTS, (out / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"--out: another build is at work in {out}") from error
     if path.exists():
         had = json.loads(path.read_text())
         if had != facts:
@@ -258,14 +292,13 @@ def _claim(out: pathlib.Path, facts: dict) -> None:
             raise ValueError(
                 f"--out: {out} was begun with another {', '.join(changed)}; wanted a new folder, or the same"
             )
-    elif any(entry.name != PARTS for entry in out.iterdir()):
-        raise ValueError(f"--out: {out} is not empty and no build of ours; wanted a new folder")
     else:
         unfinished = out / f"{FACTS}.incomplete-{os.getpid()}"
         unfinished.write_text(json.dumps(facts, indent=1) + "\n")
         os.replace(unfinished, path)
     for leftover in _leftovers(out):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
+    return lock
 
 
 def _leftovers(out: pathlib.Path) -> Iterator[pathlib.Path]:

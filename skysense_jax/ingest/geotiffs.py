@@ -16,6 +16,7 @@ import rasterio.warp
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 
+from skysense_jax.data.checks import FIRST_DAY, LAST_DAY
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
 from skysense_jax.ingest.rasters import MAX_STRETCH, Refused, lon_lat, pixel_size_m, zone_of
@@ -204,9 +205,12 @@ def _day(path: pathlib.Path, tags: Mapping[str, str], pattern: str) -> int:
         if not text:
             return UNDATED
     try:
-        return int(np.datetime64(text, "D").astype(int))
-    except ValueError as error:
-        raise Refused(f"date {text!r}; wanted year-month-day") from error
+        day = int(np.datetime64(text, "D").astype(int)) if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else -1
+    except ValueError:
+        day = -1
+    if not FIRST_DAY <= day <= LAST_DAY:
+        raise Refused(f"date {text!r}; wanted year-month-day, from 1970 to 2100")
+    return day
 
 
 def _orbit(path: pathlib.Path, tags: Mapping[str, str], given: str) -> str:

@@ -26,9 +26,10 @@ from skysense_jax.ingest.rasters import Refused, Square
 
 _LON_LAT = CRS.from_epsg(4326)
 _BANDS_PER_DEGREE = 20  # objects are sorted by latitude in such bands, then by longitude
+_METRES_PER_DEGREE = 110_000.0  # of latitude, at least
 _ROW_GROUP = 10_000  # objects that are read or left unread together
-# Ways with these tags are lines although they are closed, unless they say area=yes.
-_LINES = ("highway", "railway", "waterway", "barrier")
+# Ways whose class comes from these tags are lines although they are closed, unless they say area=yes.
+_LINES = ("highway", "railway", "waterway")
 _AREAS_OF_WATERWAYS = ("riverbank", "dock")
 
 
@@ -94,8 +95,8 @@ def _openstreetmap(path: pathlib.Path, table: osm.Table):
     factory, features, num_lost = osmium.geom.WKBFactory(), [], 0
     for entry in osmium.FileProcessor(str(path)).with_areas().with_filter(osmium.filter.EmptyTagFilter()):
         tags = dict(entry.tags)
-        name = osm.class_of(tags, table)
-        line = any(key in tags for key in _LINES) and tags.get("waterway") not in _AREAS_OF_WATERWAYS
+        key, name = next(osm.rules_of(tags, table), (None, None))
+        line = tags.get("area") == "no" or (key in _LINES and tags.get("waterway") not in _AREAS_OF_WATERWAYS)
         if name is None or not (entry.is_area() or entry.is_way()):
             continue
         if entry.is_area():
@@ -139,11 +140,20 @@ def write(found: Iterable[tuple[str, Sequence[osm.Feature]]], path: pathlib.Path
         columns["width_m"] += [feature.width_m for feature in features]
         geometries = [feature.geometry for feature in features]
         columns["geometry"] += shapely.to_wkb(geometries).tolist() if geometries else []
-        bounds = shapely.bounds(geometries).reshape(-1, 4)
+        bounds = _with_width(
+            shapely.bounds(geometries).reshape(-1, 4), [feature.width_m or 0.0 for feature in features]
+        )
         for side, edges in zip(("west", "south", "east", "north"), bounds.T):
             columns[side] += edges.tolist()
     order = np.lexsort((columns["west"], np.floor(np.multiply(columns["south"], _BANDS_PER_DEGREE))))
     pq.write_table(pa.table(columns, SCHEMA).take(pa.array(order)), path, row_group_size=_ROW_GROUP)
+
+
+def _with_width(bounds: np.ndarray, widths_m: Sequence[float]) -> np.ndarray:
+    """Bounds in degrees of what lines of such widths cover."""
+    degrees = np.asarray(widths_m, float) / 2 / _METRES_PER_DEGREE
+    across = degrees / np.maximum(np.cos(np.radians(np.abs(bounds[:, [1, 3]]).max(1, initial=0.0))), 0.01)
+    return bounds + np.stack([-across, -degrees, across, degrees], axis=1)
 
 
 class LabelMaps:
@@ -166,10 +176,8 @@ class LabelMaps:
         covering = [source for source, ground in zip(self._sources, self._ground) if ground.covers(box)]
         if not covering:
             return None
-        near = 1e-4  # degrees by which the widest line reaches beyond its own bounds
         filters = [
-            *(("west", "<=", east + near), ("east", ">=", west - near)),
-            *(("south", "<=", north + near), ("north", ">=", south - near)),
+            *(("west", "<=", east), ("east", ">=", west), ("south", "<=", north), ("north", ">=", south)),
             ("source", "in", covering),
         ]
         table = pq.read_table(self._path, filters=filters, columns=["name", "width_m", "geometry"])

@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,15 @@ def read_table(path: pathlib.Path) -> Table:
 
 def class_of(tags: Mapping[str, Any], table: Table = TAGS) -> str | None:
     """The class of an object with these tags, None if it has none."""
+    return next((name for _, name in rules_of(tags, table)), None)
+
+
+def rules_of(tags: Mapping[str, Any], table: Table = TAGS) -> Iterator[tuple[str, str]]:
+    """The rows of the table that fit an object, as tag and class; the first one counts."""
     for key, values, name in table:
         value = str(tags.get(key) or "").strip()
         if value not in _NO and (values is None or value in values):
-            return name
-    return None
+            yield key, name
 
 
 def width_of(tags: Mapping[str, Any], name: str) -> float | None:

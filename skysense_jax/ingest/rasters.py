@@ -17,6 +17,7 @@ import rasterio
 import rasterio.warp
 from jaxtyping import Bool, Float, Shaped
 from rasterio.crs import CRS
+from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
@@ -114,7 +115,15 @@ def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Ra
         valid = np.isfinite(pixels).all(-1)
         if source.nodata is not None:
             valid &= (pixels != source.nodata).any(-1)
+        if _has_mask(source, bands[0]):
+            valid &= source.read_masks(bands[0]) > 0
         return Raster(pixels=pixels, valid=valid, transform=source.transform, crs=source.crs)
+
+
+def _has_mask(source: rasterio.DatasetReader, band: int) -> bool:
+    """Whether the file has a mask of its own, which JPEG imagery has for its collar; an alpha channel is none."""
+    flags = source.mask_flag_enums[band - 1]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
 
 
 def read_window(
@@ -139,6 +148,8 @@ def read_window(
         valid = np.ones(pixels.shape[:2], bool) if whole_numbers else np.isfinite(pixels).all(-1)
         if masked and source.nodata is not None:
             valid &= (pixels != source.nodata).any(-1)
+        if masked and _has_mask(source, bands[0]):
+            valid &= source.read_masks(bands[0], window=window) > 0
         return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
 
 
@@ -262,11 +273,10 @@ def _on_one_grid(rasters: Sequence[Raster]) -> list[Raster]:
     """The rasters, those whose pixels lie on one grid put together again; where they overlap the first counts."""
     found: list[Raster] = []
     for raster in rasters:
-        for number, other in enumerate(found):
-            offset = _offset(other.transform, raster.transform) if other.crs == raster.crs else None
-            if offset is not None and other.pixels.dtype == raster.pixels.dtype:
-                found[number] = _put_together(other, raster, *offset)
-                break
+        last = found[-1] if found else None  # not an earlier one: what lies between them counts before this
+        offset = _offset(last.transform, raster.transform) if last is not None and last.crs == raster.crs else None
+        if offset is not None and last.pixels.dtype == raster.pixels.dtype:
+            found[-1] = _put_together(last, raster, *offset)
         else:
             found.append(raster)
     return found

@@ -32,6 +32,8 @@ from skysense_jax.ingest.rasters import (
 from skysense_jax.modalities import Modality
 
 _OF_SERVERS = re.compile(r"HTTP|CURL|timed? ?out|resolve host|connection", re.IGNORECASE)
+_GONE = re.compile("No such file")
+UNREACHABLE = "unreachable: "  # how the reason of a date begins that is asked for again by the next build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ def read_series(
                 told = f"{clear:.1%} of its pixels are clear; wanted {min_clear_share:.1%}"
                 raise Refused(f"{told} ({float(date.valid.mean()):.1%} have data)")
         except (Refused, RasterioError, OSError) as error:
-            rejected.append(Rejected("date", names, str(error)))
+            told = f"{UNREACHABLE}{error}" if _told(error, _OF_SERVERS) or _told(error, _GONE) else str(error)
+            rejected.append(Rejected("date", names, told))
             continue
         dates.append(date)
         kept.append(group[0])
@@ -88,10 +91,19 @@ def _again(read: Callable[[], Date]) -> Date:
         try:
             return read()
         except RasterioIOError as error:
-            if not _OF_SERVERS.search(str(error)):
+            if not _told(error, _OF_SERVERS):
                 raise
             time.sleep(seconds)
     return read()
+
+
+def _told(error: BaseException | None, pattern: re.Pattern) -> bool:
+    """Whether an error, or one that it came from, says so: GDAL says the cause there."""
+    while error is not None:
+        if pattern.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _joined(row: Modality, acquisitions: Sequence[Acquisition], dates: Sequence[Date]) -> Series:
@@ -134,8 +146,10 @@ def _read_s2(group: Sequence[Acquisition], square: Square, row: Modality) -> Dat
     layers = [acquisition.classes for acquisition in group if acquisition.classes]
     classes = [read_window(layer.path, square, bands=[layer.band], masked=False) for layer in layers]
     classes = [raster for raster in classes if raster is not None]
-    if not classes:
+    if not layers:
         return date
+    if not classes:
+        raise Refused("the scene classification does not reach this place: clouds are not known")
     scl = nearest(classes, square, pixels_per_cell=row.pixels_per_cell)
     return dataclasses.replace(date, valid=date.valid & sentinel.valid_by_scl(scl), hidden=sentinel.hidden_by_scl(scl))
 

@@ -16,6 +16,7 @@ A file that comes to nothing is named with its reason, and the others go on. Nex
 import dataclasses
 import functools
 import pathlib
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,7 @@ _NEEDED = (
     ("image", "modality", "the row of the table that its images are"),
     ("s2_geotiff", "offset", f"0, or {BASELINE_OFFSET} where the numbers are those of baseline 04.00 or later"),
 )
+_OWN_KINDS = {"s2": "'s2_safe', 's2_geotiff' or 'stac', which know the offset", "s1": "'s1', which knows the unit"}
 _ALWAYS = ("name", "kind", "files", "licence")
 _WORDS = {
     ("s2_geotiff", "offset"): (0, BASELINE_OFFSET),
@@ -133,6 +135,14 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
         words = _WORDS.get((entry["kind"], field))
         if words and value not in words:
             raise ValueError(f"{where}: {field} = {value!r}; wanted one of {words}")
+    if "/" in entry["name"]:
+        raise ValueError(f"{where}: wanted a name without /")
+    if any(not isinstance(band, int) or band < 1 for band in entry.get("bands", [])):
+        raise ValueError(f"{where}: bands = {entry['bands']!r}; wanted numbers from 1")
+    if entry["kind"] == "image" and entry.get("modality") in _OWN_KINDS:
+        raise ValueError(f"{where}: modality = {entry['modality']!r}; wanted kind = {_OWN_KINDS[entry['modality']]}")
+    if "dates" in entry and not re.fullmatch(r"\d{4}-\d\d-\d\d(/\d{4}-\d\d-\d\d)?", entry["dates"]):
+        raise ValueError(f"{where}: dates = {entry['dates']!r}; wanted a day such as 2022-06-15, or two with / between")
     for kind, field, why in _NEEDED:
         if entry["kind"] == kind and field not in entry:
             raise ValueError(f"{where}: {field} is missing: {why}")
@@ -157,8 +167,8 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
     for name, read in _readers(source, rows, rejected):
         try:
             found.append(read())
-        except (Refused, rasterio.errors.RasterioError, OSError) as error:
-            rejected.append(Rejected("file", f"{source.name}/{name}", str(error)))
+        except (rasterio.errors.RasterioError, OSError, ValueError, KeyError, TypeError) as error:
+            rejected.append(Rejected("file", f"{source.name}/{name}", str(error)))  # Refused is a ValueError
     return sorted(found, key=lambda acquisition: acquisition.id), rejected
 
 

@@ -65,14 +65,14 @@ def items(
             found = [item for item in client.get_items(recursive=True) if _wanted(item, collections, bbox, dates)]
     except (APIError, ClientTypeError, STACError, OSError, ValueError) as error:
         raise Refused(f"no answer of a STAC catalogue: {error}") from error
-    yield from sorted(found, key=lambda item: item.id)
+    yield from sorted(found, key=lambda item: (item.id, item.collection_id or "", item.get_self_href() or ""))
 
 
 def _wanted(item: pystac.Item, collections: Sequence[str], bbox: Sequence[float], dates: str) -> bool:
     begin, _, end = dates.partition("/")
-    day = item.datetime.date().isoformat() if item.datetime else ""
+    day = _utc(item.datetime).date().isoformat() if item.datetime else ""
     within = not dates or (bool(day) and begin <= day <= (end or begin))
-    near = not bbox or (item.bbox is not None and shapely.box(*bbox).intersects(shapely.box(*item.bbox)))
+    near = not bbox or (item.bbox is not None and shapely.box(*bbox).intersects(shapely.box(*_flat(item.bbox))))
     return within and near and (not collections or item.collection_id in collections)
 
 
@@ -82,16 +82,19 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "") 
     Raises:
       Refused: a band is missing, or what is to be subtracted, or a radar's unit, is not known.
     """
-    parsed = odc.stac.parse_item(item)
-    files = {key[0].lower(): band for key, band in parsed.bands.items() if key[1] == 1}
+    files = {key[0].lower(): band for key, band in odc.stac.parse_item(item).bands.items() if key[1] == 1}
+    remote = "://" in (item.get_self_href() or "") and not str(item.get_self_href()).startswith("file://")
+    local = sorted({band.uri for band in files.values() if "://" not in band.uri or band.uri.startswith("file://")})
+    if remote and local:
+        raise Refused(f"an item from the network that names files of this machine: {local[0]}")
     layers = {}
     for band, names in _ASSETS[modality].items():
         found = [files[name.lower()] for name in names if name.lower() in files]
         if not found:
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
         layers[band] = _layer(found[0])
-    bounds = item.bbox if item.bbox and len(item.bbox) == 4 else _bounds(next(iter(layers.values())))
-    date = item.datetime.astimezone(datetime.UTC).date() if item.datetime else None
+    bounds = _flat(item.bbox) if item.bbox else _bounds(next(iter(layers.values())))
+    date = _utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
         scl = [files[name.lower()] for name in _CLASSES if name.lower() in files]
@@ -104,6 +107,15 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "") 
         first = next(iter(layers.values()))
         facts |= dict(orbit=orbit if orbit in ORBITS else "unknown", unit=unit or geotiffs.unit_of(first))
     return Acquisition(item.id, source, modality, tuple(float(edge) for edge in bounds), layers, **facts)
+
+
+def _flat(bbox: Sequence[float]) -> Sequence[float]:
+    """West, south, east, north, of a box that may have heights too."""
+    return [bbox[i] for i in (0, 1, 3, 4)] if len(bbox) == 6 else bbox
+
+
+def _utc(time: datetime.datetime) -> datetime.datetime:
+    return time.astimezone(datetime.UTC) if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def _baseline(item: pystac.Item) -> float | None:

@@ -233,6 +233,51 @@ def test_full_disk_ends_the_build_with_words_and_the_same_command_goes_on(
     assert _files(tmp_path / "out") == _files(dataset)
 
 
+def test_file_that_could_not_be_had_is_asked_for_by_the_next_build(archive, manifest, dataset, tmp_path):
+    product = next((archive / "s2").glob("*20220601*"))
+    product.rename(archive / "away")
+    _build(manifest, tmp_path / "out")
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert rejected.count("unreachable: ") >= 16
+    (archive / "away").rename(product)
+    _build(manifest, tmp_path / "out")
+    assert _files(tmp_path / "out") == _files(dataset)
+
+
+def test_second_build_in_a_folder_is_refused_while_the_first_works(manifest, dataset, tmp_path, capsys):
+    lock = build._claim(tmp_path / "out", {"manifest": "x"})
+    with pytest.raises(SystemExit):
+        _build(manifest, tmp_path / "out")
+    assert "another build is at work" in capsys.readouterr().err
+    lock.close()
+
+
+def test_build_that_was_killed_before_it_had_said_what_it_is_goes_on(manifest, dataset, tmp_path):
+    out = tmp_path / "out"
+    build._claim(out, {"manifest": "x"}).close()
+    (out / build.FACTS).rename(out / f"{build.FACTS}.incomplete-1")
+    _build(manifest, out)
+    assert _files(out) == _files(dataset)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and no build of ours"):
+        build.build(manifest, tmp_path / "mine", workers=1)
+
+
+def test_one_bad_product_is_named_and_the_others_go_on(archive, tmp_path):
+    folder = earth.write_safe(tmp_path / "s2", side_m=200)
+    path = folder / "MTD_MSIL2A.xml"
+    path.write_text(path.read_text().replace("<PROCESSING_BASELINE>04.00", "<PROCESSING_BASELINE>04.00a"))
+    earth.write_safe(tmp_path / "s2", day="20220701", side_m=200)
+    (tmp_path / "list.toml").write_text(
+        '[[source]]\nname = "a"\nkind = "s2_safe"\nfiles = "s2/*.SAFE"\nlicence = "x"\n'
+    )
+    found, rejected = sources.find(sources.read_list(tmp_path / "list.toml").sources[0], ROWS)
+    assert len(found) == 1
+    assert folder.name in rejected[0].name
+    assert "04.00a" in rejected[0].reason
+
+
 def test_manifest_appears_whole_or_not_at_all(archive, manifest, capsys):
     with pytest.raises(SystemExit):
         plan.main(["--sources", str(archive / "list.toml"), "--out", str(manifest)])
@@ -256,6 +301,9 @@ def test_manifest_appears_whole_or_not_at_all(archive, manifest, capsys):
         (('name = "sentinel-1"', 'name = "aerial"'), "name = ['aerial'] more than once"),
         (('kind = "s2_safe"', 'kind = "s2_geotiff"'), "offset is missing: 0, or 1000 where the numbers"),
         (('kind = "s2_safe"', 'kind = "s2_geotiff"\noffset = 100'), "offset = 100; wanted one of (0, 1000)"),
+        (('modality = "hr"', 'modality = "s2"'), "modality = 's2'; wanted kind = 's2_safe', 's2_geotiff' or 'stac'"),
+        (('modality = "hr"', 'modality = "hr"\nbands = [0, 1, 2]'), "bands = [0, 1, 2]; wanted numbers from 1"),
+        (('name = "aerial"', 'name = "a/b"'), "wanted a name without /"),
         (('kind = "s1"', 'kind = "s1"\nunit = "db"'), "unit = 'db'; wanted one of ('linear', 'dB')"),
         (("[[source]]", "[source"), "bad.toml: Expected"),
     ],

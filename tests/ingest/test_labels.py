@@ -85,6 +85,23 @@ def test_objects_of_a_file_are_drawn_where_they_lie(tmp_path):
     assert (found == ID["building"]).sum() == 16 * 16
 
 
+def test_areas_with_another_tag_of_lines_are_areas(tmp_path):
+    _osm(tmp_path / "a.osm")
+    text = (tmp_path / "a.osm").read_text()
+    station = '<tag k="building" v="train_station"/><tag k="railway" v="station"/><tag k="barrier" v="fence"/>'
+    (tmp_path / "a.osm").write_text(text.replace('<tag k="building" v="yes"/>', station))
+    features, bounds, _ = labels.read_file(tmp_path / "a.osm")
+    assert (_maps(tmp_path, features, bounds).draw(SQUARE) == ID["building"]).sum() == 16 * 16
+
+
+def test_wide_river_beside_a_place_reaches_into_it(tmp_path):
+    river = osm.Feature("water", shapely.LineString([_degrees(-65, -500), _degrees(-65, 700)]), width_m=200.0)
+    found = _maps(tmp_path, [river], (11.0, 49.0, 12.5, 50.5)).draw(SQUARE)
+    wanted = osm.draw([river], SQUARE, crs=CRS.from_epsg(4326))
+    assert (wanted > 0).any()
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_place_that_a_file_does_not_cover_has_no_map(tmp_path):
     features, bounds, _ = labels.read_file(_osm(tmp_path / "a.osm"))
     maps = _maps(tmp_path, features, bounds)

@@ -10,6 +10,7 @@ from skysense_jax.ingest import acquisitions, geotiffs, safe
 from skysense_jax.ingest import series as lib
 from skysense_jax.ingest.acquisitions import Acquisition
 from skysense_jax.ingest.places import Place
+from skysense_jax.ingest.rasters import Raster, mosaic
 from skysense_jax.ingest.series import read_series
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -88,6 +89,34 @@ def test_images_on_different_grids_fill_each_other_up(tmp_path):
     assert series.valid.all()
     error = np.abs(series.images[0].astype(float) - earth.colours(*_ground(HR)))
     assert error.max() < _half_a_pixel(0.5) + 1
+
+
+def test_collar_that_a_mask_hides_is_invalid(tmp_path):
+    transform = from_origin(earth.WEST, earth.NORTH, 0.3125, 0.3125)
+    hidden = np.zeros((2048, 2048), bool)
+    hidden[:, :700] = True
+    pixels = np.where(hidden[..., None], 0, 120).astype(np.uint8).repeat(3, -1)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        earth.write_tif(tmp_path / "a.tif", pixels, transform, earth.ZONE)
+        with rasterio.open(tmp_path / "a.tif", "r+") as file:
+            file.write_mask(~hidden)
+    series = _read([_image(tmp_path / "a.tif")], HR)
+    np.testing.assert_array_equal(series.valid[0], ~hidden)
+
+
+def test_first_of_three_counts_although_the_third_shares_a_grid_with_it():
+    grids = ((earth.ZONE, 704_000, False, 1), (32631, None, True, 2), (earth.ZONE, 704_000, True, 3))
+    rasters = []
+    for epsg, west, valid, value in grids:
+        edges = _bounds(epsg, (-200, 200))
+        west, north = (west - 200, earth.NORTH + 200) if west else (edges[0], edges[3])
+        size = (150, 150)
+        pixels = np.full((*size, 1), value, np.uint8)
+        crs = rasterio.crs.CRS.from_epsg(epsg)
+        rasters.append(Raster(pixels, np.full(size, valid), from_origin(west, north, 10, 10), crs))
+    found = mosaic(rasters, PLACE.square, pixels_per_cell=1)
+    assert found.valid.all()
+    assert (found.pixels == 2).all()
 
 
 def test_north_is_up(tmp_path):
@@ -206,7 +235,7 @@ def test_server_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(lib, "read_window", lambda *a, **k: (_ for _ in ()).throw(RasterioIOError("HTTP 503")))
     series, rejected = read_series([found], PLACE.square, S1, min_clear_share=0.1)
     assert series is None
-    assert rejected == [lib.Rejected("date", "a", "HTTP 503")]
+    assert rejected == [lib.Rejected("date", "a", "unreachable: HTTP 503")]
 
 
 def test_acquisition_survives_its_table(tmp_path):

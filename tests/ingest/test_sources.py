@@ -60,6 +60,14 @@ def test_bands_are_those_that_the_list_names(tmp_path):
         _image(tmp_path / "a.tif", bands=[1, 2])
 
 
+@pytest.mark.parametrize("tag", ["20220615", "2022", "1066:10:14 10:00:00"])
+def test_date_that_is_none_is_refused(tmp_path, tag):
+    where = dict(west=700_000, north=5_500_000, width=9, height=9, size=0.3)
+    earth.write_aerial(tmp_path / "a.tif", **where, day=tag)
+    with pytest.raises(Refused, match="wanted year-month-day, from 1970"):
+        _image(tmp_path / "a.tif")
+
+
 # ---- Sentinel-1
 
 

@@ -164,6 +164,16 @@ def test_item_that_contradicts_itself_or_lacks_a_band_is_refused(catalogue, chan
         stac.read_item(item, modality="s2", source="x")
 
 
+def test_item_of_the_network_names_no_file_of_this_machine_and_days_are_those_of_utc(catalogue):
+    item = next(item for item in stac.items(str(catalogue / "catalog" / "catalog.json")) if item.id == "planetary")
+    item.datetime = datetime.datetime(2022, 6, 1, 23, 50)
+    assert stac.read_item(item, modality="s2", source="x").day == _day("2022-06-01")
+    item.assets["B02"].href = "file:///etc/B02.tif"
+    item.set_self_href("https://example.org/planetary.json")
+    with pytest.raises(Refused, match="names files of this machine: file:///etc/B02"):
+        stac.read_item(item, modality="s2", source="x")
+
+
 def test_rank_is_the_baseline_and_files_are_paths(catalogue):
     items = {item.id: item for item in stac.items(str(catalogue / "catalog" / "catalog.json"))}
     found = stac.read_item(items["planetary"], modality="s2", source="x")
