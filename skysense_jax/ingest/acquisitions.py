@@ -72,11 +72,9 @@ class Rejected:
 _JSON = ("layers", "classes")
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("id", "source", "modality")),
+        *((name, pa.string()) for name in ("id", "source", "modality", "orbit", "unit", *_JSON)),
+        *((name, pa.int32()) for name in ("day", "offset", "rank")),
         ("bounds", pa.list_(pa.float64(), 4)),
-        *((name, pa.string()) for name in _JSON),
-        *((name, kind) for name, kind in (("day", pa.int32()), ("orbit", pa.string()))),
-        *((name, kind) for name, kind in (("offset", pa.int32()), ("unit", pa.string()), ("rank", pa.int32()))),
     ]
 )
 

@@ -75,6 +75,7 @@ class Builder:
       manifest: what ``plan`` wrote.
       out: where shards go.
       min_clear_share: of a date's pixels, below which it is left out.
+      places_per_shard: at most.
     """
 
     def __init__(self, manifest: pathlib.Path, out: pathlib.Path, *, min_clear_share: float, places_per_shard: int):
@@ -82,10 +83,10 @@ class Builder:
         facts = json.loads((manifest / plan.SOURCES).read_text())
         self._rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
         self._licences = {source["name"]: source["licence"] for source in facts["sources"]}
-        self._coverages = [Coverage(c["source"], tuple(c["bounds"])) for c in facts["labels"]]
+        coverages = [Coverage(c["source"], tuple(c["bounds"])) for c in facts["labels"]]
         self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
         self._places = sorted(places.read(manifest / plan.PLACES), key=lambda place: place.split)
-        self._labels = LabelMaps(manifest / plan.LABELS, self._coverages)
+        self._labels = LabelMaps(manifest / plan.LABELS, coverages)
         self.shards = shards(self._places, places_per_shard=places_per_shard)
 
     def build(self, shard: Shard) -> None:
@@ -110,8 +111,11 @@ class Builder:
             samples.append(_facts(sample, place, shard, record=len(payloads) - 1))
             for name, series in sample.series.items():
                 histograms.add(name, series.images, series.valid)
-        if payloads:
-            with ShardWriter(self._out / f"{shard.name}.array_record") as writer:
+        path = self._out / f"{shard.name}.array_record"
+        if not payloads:
+            path.unlink(missing_ok=True)  # of a build that reached more
+        else:
+            with ShardWriter(path) as writer:
                 for payload in payloads:
                     writer.write(payload)
         unfinished = part.with_name(f"{shard.name}.incomplete-{os.getpid()}.npz")
@@ -140,24 +144,20 @@ class Builder:
         if missing or not series:
             told = f"no date is left of {', '.join(missing) or 'any row'}"
             return None, [*rejected, Rejected("place", place.id, told)]
-        labels = self._labels.draw(place.square)
-        sources = sorted({a.source for name in series for a in of_row[name]})
+        sources = sorted({acquisition.source for name in series for acquisition in of_row[name]})
+        mapped = {source.partition("/")[0] for source in self._labels.covering(place.square)}
         longitude, latitude = place.square.centre()
         sample = Sample(
             id=place.id,
             extent_cells=place.cells,
             series=series,
-            labels=labels,
+            labels=self._labels.draw(place.square),
             longitude=longitude,
             latitude=latitude,
             provenance=", ".join(sources),
-            licence="; ".join(sorted({self._licences[source] for source in sources} | self._of_labels(labels))),
+            licence="; ".join(sorted({self._licences[source] for source in mapped.union(sources)})),
         )
         return sample, rejected
-
-    def _of_labels(self, labels: np.ndarray | None) -> set[str]:
-        names = {coverage.source.partition("/")[0] for coverage in self._coverages} if labels is not None else set()
-        return {self._licences[name] for name in names}
 
 
 def _facts(sample: Sample, place: Place, shard: Shard, *, record: int) -> dict[str, Any]:

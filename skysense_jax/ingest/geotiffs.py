@@ -7,19 +7,17 @@ Next: sources.py.
 import dataclasses
 import pathlib
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import rasterio
 import rasterio.warp
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning
 
 from skysense_jax.data.checks import FIRST_DAY, LAST_DAY
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
-from skysense_jax.ingest.rasters import MAX_STRETCH, Refused, lon_lat, pixel_size_m, zone_of
+from skysense_jax.ingest.rasters import MAX_STRETCH, Refused, lon_lat, opened, pixel_size_m, zone_of
 from skysense_jax.modalities import METRES_PER_CELL, MODALITIES, Modality
 
 _LON_LAT = CRS.from_epsg(4326)
@@ -43,7 +41,7 @@ def read_image(
     bands = list(bands or range(1, row.num_bands + 1))
     if len(bands) != row.num_bands:
         raise Refused(f"bands = {bands} of source {source!r}; wanted {row.num_bands}, for {' '.join(row.bands)}")
-    with _opened(path) as file:
+    with opened(path) as file:
         bounds = _bounds(file)
         if max(bands) > file.count:
             raise Refused(f"{file.count} bands; wanted {max(bands)} or more, for {' '.join(row.bands)}")
@@ -97,7 +95,7 @@ def read_radar(
     layers, units = {}, set()
     for number, polarisation in enumerate(row.bands):
         path = paths[polarisation]
-        with _opened(path) as file:
+        with opened(path) as file:
             bounds = _bounds(file)
             _check_size(file, row)
             both = len(set(paths.values())) == 1
@@ -125,10 +123,10 @@ def radar_files(paths: Sequence[pathlib.Path]) -> list[dict[str, pathlib.Path]]:
     return list(groups.values())
 
 
-def _opened(path: pathlib.Path) -> rasterio.DatasetReader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # refused below, in our words
-        return rasterio.open(path)
+def bounds_of(layer: Layer) -> tuple[float, float, float, float]:
+    """West, south, east, north in degrees of a layer's file; raises Refused if its place cannot be."""
+    with opened(layer.path) as file:
+        return _bounds(file)
 
 
 def _bounds(file: rasterio.DatasetReader) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""OpenStreetMap files of any size as one table of classified objects, from which each place's label map is drawn.
+"""OpenStreetMap files as one table of classified objects, from which each place's label map is drawn.
 
 Written once, sorted by where objects lie, so that a place reads a few thousand rows of it and not the planet. What a
 place shows depends on whether the file covers it at all: outside there is no label map, which is not an empty one.
@@ -169,11 +169,15 @@ class LabelMaps:
         self._ground = [shapely.union_all(boxes_of(coverage.bounds)) for coverage in coverages]
         self._sources = [coverage.source for coverage in coverages]
 
+    def covering(self, square: Square) -> list[str]:
+        """The sources that cover all of ``square``."""
+        box = shapely.box(*rasterio.warp.transform_bounds(square.crs, _LON_LAT, *square.bounds))
+        return [source for source, ground in zip(self._sources, self._ground) if ground.covers(box)]
+
     def draw(self, square: Square) -> UInt8[np.ndarray, "H W"] | None:
         """The label map of ``square``; None if no source covers all of it."""
         west, south, east, north = rasterio.warp.transform_bounds(square.crs, _LON_LAT, *square.bounds)
-        box = shapely.box(west, south, east, north)
-        covering = [source for source, ground in zip(self._sources, self._ground) if ground.covers(box)]
+        covering = self.covering(square)
         if not covering:
             return None
         filters = [

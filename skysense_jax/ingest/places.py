@@ -7,6 +7,7 @@ many kilometres, and none touches a square to train on. Next: plan.py (the comma
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,16 +147,15 @@ def with_splits(places: Sequence[Place], *, share: float, block_km: float, seed:
         digest = hashlib.sha256(block.encode()).digest()
         return int.from_bytes(digest[:8], "big") < share * 2**64
 
-    train = {(place.epsg, place.west, place.north) for place in places if not held_out(place)}
-    found = []
-    for place in places:
+    split = [dataclasses.replace(place, split=VALIDATION if held_out(place) else TRAIN) for place in places]
+    train = {(place.epsg, place.west, place.north) for place in split if place.split == TRAIN}
+
+    def touches(place: Place) -> bool:
         side = round(place.cells * METRES_PER_CELL)
-        around = {(place.epsg, place.west + i * side, place.north + j * side) for i in (-1, 0, 1) for j in (-1, 0, 1)}
-        if not held_out(place):
-            found.append(dataclasses.replace(place, split=TRAIN))
-        elif not around & train:
-            found.append(dataclasses.replace(place, split=VALIDATION))
-    return found
+        around = itertools.product((-side, 0, side), repeat=2)
+        return any((place.epsg, place.west + i, place.north + j) in train for i, j in around)
+
+    return [place for place in split if place.split == TRAIN or not touches(place)]
 
 
 def balanced(places: Sequence[Place], classes: Mapping[str, int], *, most: int, seed: int) -> list[Place]:

@@ -41,7 +41,7 @@ class Choice:
       require: rows of the table of which each place must have an acquisition.
       validation_share: of blocks that are held out; block_km: their side.
       land: polygons, degrees, outside of which no place has its centre; None: anywhere.
-      land_cover: a raster of classes; per_class: at most so many places of each. 0: all.
+      land_cover: a raster of classes, of each of which at most ``per_class`` places are chosen; None: all places.
       seed: of what is drawn.
     """
 
@@ -51,7 +51,7 @@ class Choice:
     block_km: float = 20.0
     land: shapely.Geometry | None = None
     land_cover: pathlib.Path | None = None
-    per_class: int = 0
+    per_class: int = 1000
     seed: int = 0
 
 
@@ -172,8 +172,8 @@ def _table(listed, found, used, chosen, rejected) -> str:
     return "\n".join(lines)
 
 
-def read_area(text: str) -> shapely.Geometry:
-    """An area: "west,south,east,north" in degrees, or a GeoJSON file.
+def read_area(text: str, *, flag: str = "--area") -> shapely.Geometry:
+    """An area that ``flag`` gives: "west,south,east,north" in degrees, or a GeoJSON file.
 
     Raises:
       ValueError: neither, or no place on Earth.
@@ -189,10 +189,10 @@ def read_area(text: str) -> shapely.Geometry:
         try:
             west, south, east, north = (float(edge) for edge in text.split(","))
         except ValueError as error:
-            raise ValueError(f"--area: got {text!r}; wanted west,south,east,north or a GeoJSON file") from error
+            raise ValueError(f"{flag}: got {text!r}; wanted west,south,east,north or a GeoJSON file") from error
         area = shapely.box(west, south, east, north)
     if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-        raise ValueError(f"--area: got {text!r}; wanted degrees, west before east, south before north")
+        raise ValueError(f"{flag}: got {text!r}; wanted degrees, west before east, south before north")
     return area
 
 
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--area", help="west,south,east,north in degrees, or a GeoJSON file; without: all imagery")
     parser.add_argument("--land", help="GeoJSON of land; places elsewhere are left out")
     parser.add_argument("--land_cover", type=pathlib.Path, help="raster of classes to balance places by")
-    parser.add_argument("--per_class", type=int, default=1000, help="places of each class of it at most")
+    parser.add_argument("--per_class", type=int, default=Choice.per_class, help="places of each class of it at most")
     parser.add_argument("--cells", type=int, default=64, help="side of a place in cells of 10 m")
     parser.add_argument("--require", default="", help="rows that each place must have, such as hr,s2")
     parser.add_argument("--validation_share", type=float, default=0.05, help="of the ground that is held out")
@@ -213,17 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         print(_run(given))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a raster of classes or a table of tags that cannot be read
         parser.exit(1, f"error: {error}\n")
 
 
 def _run(given: Any) -> str:
     if not 1 <= given.cells <= MAX_EXTENT_CELLS:
         raise ValueError(f"--cells: got {given.cells}; wanted 1 to {MAX_EXTENT_CELLS}")
-    if not 0 <= given.validation_share < 1 or given.block_km <= 0:
+    if not 0 <= given.validation_share < 1 or given.block_km <= 0 or given.per_class < 1:
         raise ValueError(
-            f"--validation_share, --block_km: got {given.validation_share}, {given.block_km}; wanted 0 to below 1, and "
-            "above 0"
+            f"--validation_share, --block_km, --per_class: got {given.validation_share}, {given.block_km}, "
+            f"{given.per_class}; wanted 0 to below 1, above 0, and 1 or more"
         )
     listed = sources.read_list(given.sources)
     require, known = tuple(name for name in given.require.split(",") if name), {row.name for row in listed.rows}
@@ -234,7 +234,7 @@ def _run(given: Any) -> str:
         require=require,
         validation_share=given.validation_share,
         block_km=given.block_km,
-        land=None if given.land is None else read_area(given.land),
+        land=None if given.land is None else read_area(given.land, flag="--land"),
         land_cover=given.land_cover,
         per_class=given.per_class,
         seed=given.seed,

@@ -102,28 +102,36 @@ def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Ra
     Raises:
       Refused: no coordinate system, or fewer bands.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # refused below, in our words
-        source = rasterio.open(path)
-    with source:
+    with opened(path) as source:
         if source.crs is None:
             raise Refused("no coordinate system: where it lies and the size of its pixels are unknown")
         bands = list(bands or range(1, source.count + 1))
         if max(bands) > source.count:
             raise Refused(f"{source.count} bands; wanted {max(bands)} or more")
-        pixels = np.moveaxis(source.read(bands), 0, -1)
-        valid = np.isfinite(pixels).all(-1)
-        if source.nodata is not None:
-            valid &= (pixels != source.nodata).any(-1)
-        if _has_mask(source, bands[0]):
-            valid &= source.read_masks(bands[0]) > 0
-        return Raster(pixels=pixels, valid=valid, transform=source.transform, crs=source.crs)
+        return _read(source, bands, Window(0, 0, source.width, source.height), masked=True)
 
 
-def _has_mask(source: rasterio.DatasetReader, band: int) -> bool:
-    """Whether the file has a mask of its own, which JPEG imagery has for its collar; an alpha channel is none."""
-    flags = source.mask_flag_enums[band - 1]
-    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+def opened(path: str | pathlib.Path) -> rasterio.DatasetReader:
+    """The open file; one without a place gives no warning, as callers refuse it in their own words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path)
+
+
+def _read(source: rasterio.DatasetReader, bands: Sequence[int], window: Window, *, masked: bool) -> Raster:
+    """A window of a file; ``masked``: what its nodata value or its own mask hides is invalid.
+
+    JPEG imagery has such a mask for its collar. An alpha channel is none.
+    """
+    pixels = np.moveaxis(source.read(list(bands), window=window), 0, -1)
+    whole_numbers = pixels.dtype.kind in "ui"
+    valid = np.ones(pixels.shape[:2], bool) if whole_numbers else np.isfinite(pixels).all(-1)
+    if masked and source.nodata is not None:
+        valid &= (pixels != source.nodata).any(-1)
+    flags = source.mask_flag_enums[bands[0] - 1]
+    if masked and MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+        valid &= source.read_masks(bands[0], window=window) > 0
+    return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
 
 
 def read_window(
@@ -131,7 +139,7 @@ def read_window(
 ) -> Raster | None:
     """What a file has of the ground of ``square`` and a few pixels around it; None if nothing.
 
-    ``masked``: pixels with the file's nodata value in every band are invalid; else all that are numbers are valid.
+    ``masked``: pixels with the file's nodata value in every band, or hidden by its mask, are invalid.
     """
     with rasterio.open(path) as source:
         bounds = rasterio.warp.transform_bounds(square.crs, source.crs, *square.bounds)
@@ -142,15 +150,7 @@ def read_window(
         bottom = min(math.ceil(rows[1]) + _MARGIN, source.height)
         if left >= right or top >= bottom:
             return None
-        window = Window(left, top, right - left, bottom - top)
-        pixels = np.moveaxis(source.read(list(bands), window=window), 0, -1)
-        whole_numbers = pixels.dtype.kind in "ui"
-        valid = np.ones(pixels.shape[:2], bool) if whole_numbers else np.isfinite(pixels).all(-1)
-        if masked and source.nodata is not None:
-            valid &= (pixels != source.nodata).any(-1)
-        if masked and _has_mask(source, bands[0]):
-            valid &= source.read_masks(bands[0], window=window) > 0
-        return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
+        return _read(source, bands, Window(left, top, right - left, bottom - top), masked=masked)
 
 
 def nearest(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int) -> Shaped[np.ndarray, "H W"]:
@@ -326,7 +326,7 @@ def _warp(
             "nothing is stretched by more than 2x (coarser imagery is another row of the table)"
         )
     out, target = np.zeros((len(layers), side, side), layers.dtype), square.transform(pixels_per_cell)
-    place = _shift(raster, square, target)
+    place = _offset(raster.transform, target) if raster.crs == square.crs else None
     if place is not None:
         _paste(layers, out, *place)
         return out
@@ -356,11 +356,6 @@ def _covers(raster: Raster, square: Square) -> bool:
     )
     height, width = raster.valid.shape
     return bool(min(columns.min(), rows.min()) >= 2 and columns.max() <= width - 2 and rows.max() <= height - 2)
-
-
-def _shift(raster: Raster, square: Square, target: Affine) -> tuple[int, int] | None:
-    """Row and column of the square's corner in the raster if their pixels are the same ones, else None."""
-    return _offset(raster.transform, target) if raster.crs == square.crs else None
 
 
 def _paste(layers: np.ndarray, out: np.ndarray, row: int, column: int) -> None:

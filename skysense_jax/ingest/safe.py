@@ -8,17 +8,14 @@ import pathlib
 from xml.etree import ElementTree
 
 import numpy as np
-import rasterio
-import rasterio.warp
-from rasterio.crs import CRS
 
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
+from skysense_jax.ingest.geotiffs import bounds_of
 from skysense_jax.ingest.rasters import Refused
-from skysense_jax.ingest.sentinel import BASELINE_OFFSET, product_day
+from skysense_jax.ingest.sentinel import offset_of_baseline, product_day
 from skysense_jax.modalities import MODALITIES
 
 METADATA = "MTD_MSIL2A.xml"
-_FIRST_OFFSET_BASELINE = 4.0
 _QUANTIFICATION = 10000
 _IN_20M = ("B5", "B6", "B7", "B8A", "B11", "B12")
 _BAND_IDS = dict(B2=1, B3=2, B4=3, B5=4, B6=5, B7=6, B8=7, B8A=8, B11=11, B12=12)  # as the metadata number them
@@ -52,13 +49,11 @@ def read_product(folder: pathlib.Path, *, name: str, source: str) -> Acquisition
     layers = {
         band: _layer(folder, images, band, "20m" if band in _IN_20M else "10m") for band in MODALITIES["s2"].bands
     }
-    with rasterio.open(layers["B2"].path) as file:
-        bounds = rasterio.warp.transform_bounds(file.crs, CRS.from_epsg(4326), *file.bounds)
     return Acquisition(
         id=name,
         source=source,
         modality="s2",
-        bounds=bounds,
+        bounds=bounds_of(layers["B2"]),
         layers=layers,
         classes=_layer(folder, images, "SCL", "20m"),
         day=product_day(found["PRODUCT_URI"]),
@@ -70,18 +65,18 @@ def read_product(folder: pathlib.Path, *, name: str, source: str) -> Acquisition
 def _offset(tree: ElementTree.ElementTree, baseline: float) -> int:
     """What to subtract, by the metadata's own list, which baseline 04.00 introduced."""
     said = {int(node.get("band_id", -1)): -float(node.text or "nan") for node in tree.iterfind(".//BOA_ADD_OFFSET")}
-    if not said and baseline < _FIRST_OFFSET_BASELINE:
+    wanted = offset_of_baseline(baseline)
+    if not said and not wanted:
         return 0
     if not said:
         raise Refused(f"processing baseline {baseline:05.2f} without BOA_ADD_OFFSET values: the offset is not known")
     offsets = {said.get(number, np.nan) for number in _BAND_IDS.values()}
-    wanted = {float(BASELINE_OFFSET)} if baseline >= _FIRST_OFFSET_BASELINE else {0.0}
-    if offsets != wanted:
+    if offsets != {wanted}:
         raise Refused(
             f"processing baseline {baseline:05.2f} with offsets {sorted(-offset for offset in offsets)}; wanted "
-            f"{[-offset for offset in wanted]} in every band"
+            f"{-wanted} in every band"
         )
-    return int(offsets.pop())
+    return wanted
 
 
 def _layer(folder: pathlib.Path, images: list[pathlib.PurePosixPath], band: str, size: str) -> Layer:

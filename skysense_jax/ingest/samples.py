@@ -20,6 +20,7 @@ from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import read_aerial, read_sentinel
+from skysense_jax.ingest.histograms import Histograms
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.read_sentinel import Item
 from skysense_jax.modalities import Modality
@@ -48,44 +49,24 @@ class Rejected:
 
 
 @dataclasses.dataclass
-class _Moments:
-    """Running sums per band over valid pixels."""
-
-    count: int = 0
-    total: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
-
-    def add(self, pixels: np.ndarray) -> None:
-        values = pixels.astype(np.float64)
-        self.count += len(values)
-        self.total = self.total + values.sum(0)
-        self.squares = self.squares + (values**2).sum(0)
-
-    def summary(self) -> dict[str, list[float] | int]:
-        mean = self.total / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
-        return dict(pixels=self.count, mean=np.round(mean, 3).tolist(), std=np.round(std, 3).tolist())
-
-
-@dataclasses.dataclass
 class Kind:
     """What one kind came to.
 
     Attributes:
       samples, dates, rejected: how many; dates over all modalities.
-      moments: per modality.
+      histograms: of the numbers of its valid pixels.
     """
 
+    histograms: Histograms
     samples: int = 0
     dates: int = 0
     rejected: int = 0
-    moments: dict[str, _Moments] = dataclasses.field(default_factory=dict)
 
     def add(self, sample: Sample) -> None:
         self.samples += 1
         for name, series in sample.series.items():
             self.dates += len(series.days)
-            self.moments.setdefault(name, _Moments()).add(series.images[series.valid])
+            self.histograms.add(name, series.images, series.valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +83,10 @@ class Report:
         return "\n".join([*lines, f"{'(no reader)':16} {0:7} {0:6} {unread:8}"])
 
     def statistics(self) -> dict[str, dict[str, dict]]:
-        """Per kind and modality: number of valid pixels, clouds included, and mean and deviation of each band."""
+        """Per kind and modality: ``Histograms.summary``, over valid pixels, clouds included."""
+        rounded = lambda found: {key: np.round(value, 3).tolist() for key, value in found.items()}  # noqa: E731
         return {
-            name: {modality: moments.summary() for modality, moments in kind.moments.items()}
+            name: {modality: rounded(found) for modality, found in kind.histograms.summary().items()}
             for name, kind in self.kinds.items()
             if kind.samples
         }
@@ -142,7 +124,7 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
     rejected: list[Rejected] = []
     claimed: set[pathlib.Path] = set()
     for name, (folder, find) in KINDS.items():
-        kind = kinds[name] = Kind()
+        kind = kinds[name] = Kind(Histograms(modalities))
         items = find(source / folder, rows) if (source / folder).is_dir() else []
         payloads: list[bytes] = []
         for item in items:

@@ -19,7 +19,7 @@ BASELINE_OFFSET = 1000  # in the numbers of processing baseline 04.00 and later
 S1_FLOOR_DB = -50.0  # below any echo; IW's noise lies at about -25 dB
 HIDDEN_PERCENT = 10  # cloud or snow probability from which the ground counts as hidden
 
-_FIRST_OFFSET_BASELINE = 400
+_FIRST_OFFSET_BASELINE = 4.0
 _NOT_DARK = 900  # darkest surfaces of a clear image lie below this, unless the offset is in the numbers
 _SCL_INVALID = (0, 1)  # no data, saturated or defective
 _SCL_HIDDEN = (3, 8, 9, 10, 11)  # cloud shadow, cloud of medium and of high probability, thin cirrus, snow
@@ -37,6 +37,11 @@ def product_day(product_id: str) -> int:
     return int(np.datetime64("-".join(match.groups()), "D").astype(int))
 
 
+def offset_of_baseline(baseline: float) -> int:
+    """What to subtract from the numbers of a Level-2A product of this processing baseline, such as 4.0."""
+    return BASELINE_OFFSET if baseline >= _FIRST_OFFSET_BASELINE else 0
+
+
 def offset_from_product(product_id: str) -> int:
     """What to subtract from the numbers of a Level-2A product, 0 or ``BASELINE_OFFSET``, by its processing baseline.
 
@@ -48,7 +53,7 @@ def offset_from_product(product_id: str) -> int:
     match = re.match(r"S2[A-Z]_MSI(L\d[A-C])_\d{8}T\d{6}_N(\d{4})_", product_id)
     if match is None or match[1] != "L2A":
         raise Refused(f"product name {product_id!r}; wanted S2?_MSIL2A_<time>_N<baseline>_... of a surface product")
-    return BASELINE_OFFSET if int(match[2]) >= _FIRST_OFFSET_BASELINE else 0
+    return offset_of_baseline(int(match[2]) / 100)
 
 
 def offset_from_toa(

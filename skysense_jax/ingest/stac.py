@@ -14,18 +14,16 @@ import numpy as np
 import odc.stac
 import pystac
 import pystac_client
-import rasterio.warp
 import shapely
 from pystac.errors import STACError
 from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
-from rasterio.crs import CRS
 
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest import geotiffs
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
 from skysense_jax.ingest.rasters import Refused
-from skysense_jax.ingest.sentinel import BASELINE_OFFSET
+from skysense_jax.ingest.sentinel import offset_of_baseline
 
 # Names of assets by band of the row: Sentinel's own, and the common names.
 _ASSETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -44,7 +42,6 @@ _ASSETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "s1": dict(VV=("vv", "VV"), VH=("vh", "VH")),
 }
 _CLASSES = ("SCL", "scl")
-_FIRST_OFFSET_BASELINE = 4.0
 _SCALE = 10_000  # of reflectance in the numbers
 
 
@@ -93,7 +90,7 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "") 
         if not found:
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
         layers[band] = _layer(found[0])
-    bounds = _flat(item.bbox) if item.bbox else _bounds(next(iter(layers.values())))
+    bounds = _flat(item.bbox) if item.bbox else geotiffs.bounds_of(next(iter(layers.values())))
     date = _utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
@@ -133,7 +130,7 @@ def _offset(item: pystac.Item, baseline: float | None) -> int:
         return 0
     if baseline is None:
         raise Refused("neither earthsearch:boa_offset_applied nor a processing baseline: the offset is not known")
-    offset = BASELINE_OFFSET if baseline >= _FIRST_OFFSET_BASELINE else 0
+    offset = offset_of_baseline(baseline)
     said = {
         round(-_SCALE * float(band["offset"]))
         for name in ("B02", "blue")
@@ -148,8 +145,3 @@ def _offset(item: pystac.Item, baseline: float | None) -> int:
 
 def _layer(band: Any) -> Layer:
     return Layer(band.uri.removeprefix("file://"), band.band)
-
-
-def _bounds(layer: Layer) -> tuple[float, float, float, float]:
-    with rasterio.open(layer.path) as file:
-        return rasterio.warp.transform_bounds(file.crs, CRS.from_epsg(4326), *file.bounds)
