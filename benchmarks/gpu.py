@@ -55,6 +55,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="samples of a step; halved until they fit (8)")
     parser.add_argument("--attention", default="auto", help="config.efficiency.attention of the step")
     parser.add_argument("--remat", default="none", help="of the backbones; PyTorch's recomputes nothing")
+    parser.add_argument("--trace", type=pathlib.Path, help="folder for a trace of the step, whose time is told apart")
     parser.add_argument("--repeats", type=int, help="timings of each contestant, in turns; their median counts (7)")
     parser.add_argument("--seconds", type=float, help="of a timing (0.2)")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, kernels interpreted")
@@ -157,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         "window": lambda: gpu_kernels.window_attention(report, setting, config.model.backbone),
         "global": lambda: gpu_kernels.global_attention(report, setting, config.model.backbone),
         "backbone": lambda: [gpu_networks.backbone(report, setting, each, remat=args.remat) for each in backbones],
-        "step": lambda: gpu_networks.step(report, config, batch=args.batch, attention=args.attention),
+        "step": lambda: gpu_networks.step(
+            report, config, batch=args.batch, attention=args.attention, folder=args.trace
+        ),
     }
     for part in args.parts:
         report.say(f"\n# {part}")

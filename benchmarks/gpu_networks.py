@@ -5,6 +5,7 @@ Next: contest.py, gpu_torch.py, benchmarks/step.py (the same with all modalities
 """
 
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.contest import Contestant, Prepared, Report, Setting
 from benchmarks.gpu_kernels import PASSES
-from skysense_jax import assembly, compiler, cost, sharding, train_state
+from skysense_jax import assembly, compiler, cost, sharding, trace, train_state
 from skysense_jax import config as config_lib
 from skysense_jax.batch import Batch
 from skysense_jax.export import names, write
@@ -30,6 +31,7 @@ CHECKED = (
     "stages.0.blocks.0.attn.w_msa.qkv.weight",
     "stages.2.blocks.0.attn.attn.in_proj_weight",
 )
+_TRACED = 2  # steps
 ATTENTION = ("xla", "cudnn", "cudnn+triton")  # of config.efficiency.attention
 
 
@@ -138,8 +140,8 @@ def _efficiency(config: ConfigDict, attention: str, fields: Mapping[str, Any], r
 # ---- the whole step
 
 
-def step(report: Report, config: ConfigDict, *, batch: int, attention: str) -> None:
-    """A training step of the config, at ``batch`` samples or, halved until it fits, fewer."""
+def step(report: Report, config: ConfigDict, *, batch: int, attention: str, folder: pathlib.Path | None = None) -> None:
+    """A training step of the config, at ``batch`` samples or, halved until it fits, fewer; traced into ``folder``."""
     config = config.copy_and_resolve_references().unlock()
     config.mesh.update(dict.fromkeys(sharding.MESH_AXES, 1))
     config.efficiency.attention = attention
@@ -153,7 +155,7 @@ def step(report: Report, config: ConfigDict, *, batch: int, attention: str) -> N
         config.parts.microbatches = 1
         config_lib.validate(config, num_devices=1)
         rows = select(config.data.modalities, config.data.new_modalities)
-        contestant = Contestant(name, lambda: _prepared_step(config), told)
+        contestant = Contestant(name, lambda: _prepared_step(config, folder), told)
         results = report.contest(
             "step",
             f"{config.name}, batch {batch}, remat {config.efficiency.remat}",
@@ -164,11 +166,14 @@ def step(report: Report, config: ConfigDict, *, batch: int, attention: str) -> N
             may_not_fit=batch > 1,
         )
         if not results[name].told.startswith("does not fit"):
-            return
+            break
         batch //= 2
+    traces = sorted(folder.rglob("*.xplane.pb")) if folder else []
+    if traces and (found := trace.split(trace.read(traces[-1]), num_steps=_TRACED)):
+        report.say(f"\n{traces[-1]}: {found.text()}")
 
 
-def _prepared_step(config: ConfigDict) -> Prepared:
+def _prepared_step(config: ConfigDict, folder: pathlib.Path | None) -> Prepared:
     """Steps one after another, each from the state that the last one left."""
     device = jax.devices()[0]
     run = assembly.assemble(config)
@@ -190,7 +195,18 @@ def _prepared_step(config: ConfigDict) -> Prepared:
             raise ValueError(f"loss {loss}, {skipped} updates skipped; wanted finite numbers")
         return {}
 
-    return Prepared(start, read=read, further=lambda: memory(compiled, device))
+    def further() -> str:
+        asked = memory(compiled, device)
+        if folder:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            with jax.profiler.trace(folder, profiler_options=options):
+                for _ in range(_TRACED):
+                    last = start()
+                jax.block_until_ready(last)
+        return asked
+
+    return Prepared(start, read=read, further=further)
 
 
 def filled(shapes: Batch, rows: tuple[Modality, ...]) -> Batch:

@@ -60,8 +60,8 @@ def _run(*argv):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    code, text = _run()
+def tiny(tmp_path_factory):
+    code, text = _run(f"--trace={tmp_path_factory.mktemp('trace')}")
     assert code == 0, text
     return text, _rows(text)
 
@@ -97,6 +97,14 @@ def test_tiny_run_has_figures_that_fit_each_other(tiny):
     assert len(first) == 2 + 2 * 2 + 2 * 2 + 1 + 1
 
 
+def test_tiny_run_tells_where_a_traced_step_spends_its_time(tiny):
+    table = tiny[0].partition(".xplane.pb: device time of a step, mean of 2 steps on 1 devices")[2]
+    parts = {line[2:36].strip(): float(line[36:46]) for line in table.splitlines()[1:7]}
+    assert parts["compute"] > 0
+    of_step = ("compute", "exchanges not hidden by compute", "copies, feeds and nothing else", "idle")
+    assert sum(parts[name] for name in of_step) == pytest.approx(parts["step"], abs=0.02)
+
+
 def test_tiny_run_says_why_a_contestant_is_absent(tiny):
     for row in (row for row in tiny[1] if (row["part"], row["contestant"]) in ABSENT):
         assert row["ms"].startswith(f"not here: {ABSENT[row['part'], row['contestant']]}"), row
@@ -105,7 +113,7 @@ def test_tiny_run_says_why_a_contestant_is_absent(tiny):
 
 def test_tiny_run_names_the_machine(tiny):
     facts = dict(line.split(maxsplit=1) for line in tiny[0].partition("\n#")[0].splitlines())
-    assert facts["command"].split() == ["python", "-m", "benchmarks.gpu", "--tiny"]
+    assert facts["command"].startswith("python -m benchmarks.gpu --tiny --trace=")
     assert facts["device"] == "cpu, cpu"
     assert f"jax {jax.__version__}" in facts["packages"]
     assert facts["torch"].startswith(torch.__version__)
