@@ -118,7 +118,8 @@ def check(
         raise WrongNumbersError(f"results {sorted(got)}; wanted some of {sorted(wanted)}")
     for name in got.keys() & wanted.keys():
         found[name] = errors(got[name], wanted[name])
-        allowed = np.full(len(PERCENTILES), FIRST_MAY) if first is None else 2 * first.get(name, 0.0) + OTHERS_MAY
+        of_first = np.zeros(len(PERCENTILES)) if first is None else first.get(name, np.zeros(len(PERCENTILES)))
+        allowed = 2 * of_first + (FIRST_MAY if first is None else OTHERS_MAY)
         if not (found[name] <= allowed).all():  # NaN is not
             raise WrongNumbersError(f"{name}: errors {_shares(found[name])} at {PERCENTILES} %, may {_shares(allowed)}")
     return found

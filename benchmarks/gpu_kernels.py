@@ -204,7 +204,9 @@ def jax_contestant(name, function, inputs, fixed, upstream=None, *, platform: st
     """``function(inputs, fixed)``, with gradients of all inputs if there is something from ``upstream``."""
 
     def prepare() -> Prepared:
-        jitted = jax.jit(_runner(function, upstream is not None), compiler_options=compiler.options(platform))
+        jitted = jax.jit(
+            _runner(function, upstream is not None), compiler_options=compiler.options(jax.devices(platform)[0])
+        )
         compiled = jitted.lower(inputs, fixed, upstream).compile()
         return Prepared(lambda: compiled(inputs, fixed, upstream))
 

@@ -181,7 +181,7 @@ def compile_block(block: Block, *, backward: str, device, platform: str):
         function = {"": forward, "ones": jax.grad(loss, argnums=(0, 1))}
         function["given"] = jax.value_and_grad(loss, argnums=(0, 1))
         lowered = jax.jit(function[backward]).lower(params, tokens, valid, *[tokens] * (backward == "given"))
-        options = compiler.options(platform) | (forecast.GPU_OPTIONS if platform == "gpu" else {})
+        options = compiler.options(mesh.devices.flat[0]) | (forecast.GPU_OPTIONS if platform == "gpu" else {})
         return lowered.compile(compiler_options=options)
 
 

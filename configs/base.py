@@ -62,8 +62,9 @@ def _efficiency() -> dict:
     return dict(
         remat="blocks",  # recomputed in the backward pass: "none", "matmuls" (norms and GELUs), "blocks" (all)
         scan_unroll=1,  # blocks per iteration of the scan over global blocks
-        # "xla": no kernel; "mosaic": ours for TPUs (not run on one); "cudnn": outside windows, bf16, NVIDIA GPUs (not
-        # run); "cudnn+triton": and ours in them (not run); "auto": "mosaic" or "cudnn" by what the step is for.
+        # "xla": no kernel; "mosaic": ours for TPUs (not run on one); "cudnn": outside windows, bf16, NVIDIA GPUs;
+        # "cudnn+triton": and ours in them (both ran as kernels, not in a step); "auto": "mosaic" or "cudnn" by what the
+        # step is for.
         attention="auto",
     )
 

@@ -3,7 +3,12 @@
 Each was looked at in compiled programs, none was timed on an accelerator. Flags of the environment are in launch/.
 """
 
+import functools
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
 
 # Gathers of weights run beside the matrix products before them, in a scanned stack of MLPs on v5p. With the first four
 # only, or with the last only, none did.
@@ -15,11 +20,28 @@ _TPU = {
     "xla_enable_async_all_gather": True,
 }
 # The first is what GPUs are run with elsewhere and changed nothing in the programs looked at; the second gathers the
-# next iteration's weights of a scan: of the same stack on H200 a third less of the exchanges stood alone.
+# next iteration's weights of a scan: of the same stack on H200 a third less of the exchanges stood alone. jax 0.11 does
+# not know it, and refuses to compile with what it does not know.
 _GPU = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_pipelined_all_gather": True}
 _OPTIONS: dict[str, dict[str, Any]] = {"tpu": _TPU, "gpu": _GPU}
 
 
-def options(platform: str) -> dict[str, Any]:
-    """Compiler options for devices of a platform, as ``Device.platform`` names it."""
-    return dict(_OPTIONS.get(platform, {}))
+@functools.cache
+def _known(device: jax.Device) -> dict[str, Any]:
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    lowered, known = jax.jit(lambda x: x + 1).lower(number), {}
+    for name, value in _OPTIONS.get(device.platform, {}).items():
+        try:
+            lowered.compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            logging.warning("the compiler of %s knows no option %s: left out", device.device_kind, name)
+        else:
+            known[name] = value
+    return known
+
+
+def options(device: jax.Device) -> dict[str, Any]:
+    """Compiler options for ``device``, present or a topology's, as far as its compiler knows them."""
+    return dict(_known(device))

@@ -125,7 +125,7 @@ def train(
         # ---- loop
         last_step, step_fn = config.optim.num_steps, jit_step(run.step, boxed, mesh)
         norms_fn = jax.jit(
-            functools.partial(run.norms, boxed.student), compiler_options=compiler.options(jax.devices()[0].platform)
+            functools.partial(run.norms, boxed.student), compiler_options=compiler.options(mesh.local_devices[0])
         )
         course = resume.Course(
             start,

@@ -80,7 +80,7 @@ def jit_step(step: Any, boxed: TrainState, mesh: Mesh) -> Any:
         step,
         donate_argnums=0,
         out_shardings=(state_shardings(boxed, mesh), None),
-        compiler_options=compiler.options(mesh.devices.flat[0].platform),
+        compiler_options=compiler.options(mesh.local_devices[0]),
     )
 
 
