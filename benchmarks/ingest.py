@@ -117,7 +117,7 @@ def main() -> None:
         def of(place, name):
             return [found[row] for row in place.acquisitions if found[row].modality == name]
 
-        builder = build.Builder(root / "manifest", root, min_clear_share=0.1, places_per_shard=64)
+        builder = build.Builder(root / "manifest", min_clear_share=0.1, places_per_shard=64)
         for _ in range(_ROUNDS):
             for place in chosen:
                 looks = [found[row] for row in place.acquisitions]

@@ -70,6 +70,13 @@ def problem(url: str) -> str:
     return ""
 
 
+def forget() -> None:
+    """Forgets what buckets held, so that what other processes wrote since is seen."""
+    import fsspec
+
+    fsspec.filesystem("gs").invalidate_cache()
+
+
 def find(pattern: str) -> list[tuple[str, int]]:
     """(address, bytes) of the objects that match a glob gs://bucket/..., sorted.
 
@@ -80,10 +87,9 @@ def find(pattern: str) -> list[tuple[str, int]]:
         raise ValueError(told)
     import fsspec
 
-    system = fsspec.filesystem("gs")
-    system.invalidate_cache()  # what another process wrote must be seen
+    forget()
     try:
-        found = system.glob(pattern, detail=True)
+        found = fsspec.filesystem("gs").glob(pattern, detail=True)
     except Exception as error:  # of authentication, of the service or of the network: each has its own family
         said = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{said}; wanted the right to list it, storage.objects.list") from error

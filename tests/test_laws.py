@@ -58,7 +58,7 @@ ALLOWED = {
     "train_state": {"batch", "compiler", "models", "sharding"},
     "sides": {"batch", "losses", "modalities", "models", "photometric"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
-    "ingest": {"data", "modalities"},
+    "ingest": {"data", "modalities", "storage"},
     "assembly": {
         "batch",
         "config",

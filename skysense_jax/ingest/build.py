@@ -1,129 +1,75 @@
 """Makes samples of a manifest: ``python -m skysense_jax.ingest.build --manifest=MANIFEST --out=DIR``.
 
-The unit of work is a shard: some places, in the manifest's order, into one ArrayRecord file. What it made of them lies
-beside it in DIR/parts and is written last; a shard that has it is done. So the same command goes on after a kill, and
-the bytes do not depend on kills or on how many processes worked. At the end: index.parquet, statistics.json,
-rejected.jsonl and README.md, the dataset's card. Next: series.py (reading), card.py.
+The samples of a shard are those of some places, in the manifest's order. The same command goes on after a kill, and the
+bytes depend neither on kills nor on who worked. At the end: index.parquet, statistics.json, modalities.json,
+rejected.jsonl and README.md, the dataset's card. Next: series.py (reading), folder.py, engines.py.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+import tempfile
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from etils import epath
 
-from skysense_jax.data.checks import RecordError
-from skysense_jax.data.records import ShardWriter, encode_sample
-from skysense_jax.data.sample import UNDATED, Sample
+from skysense_jax import storage
+from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import card, places, plan
+from skysense_jax.ingest import engines, folder, places, plan
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
-from skysense_jax.ingest.histograms import Histograms, load
+from skysense_jax.ingest.engines import Engine
+from skysense_jax.ingest.folder import Made, Maker, Shard
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
-from skysense_jax.ingest.series import UNREACHABLE, read_series
+from skysense_jax.ingest.series import read_series
 from skysense_jax.ingest.sources import rows_with
-from skysense_jax.modalities import OSM, Modality
 
-PARTS, FACTS, LOCK = "parts", "build.json", ".lock"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A piece of work: the rows of the table of places from ``start`` to before ``stop``, all of one split."""
-
-    split: str
-    number: int
-    of: int
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05d}-of-{self.of:05d}"
+_MANIFEST = (plan.PLACES, plan.ACQUISITIONS, plan.LABELS, plan.SOURCES)  # what the samples depend on
 
 
-def shards(listed: Sequence[Place], *, places_per_shard: int) -> list[Shard]:
-    """The shards of places that are sorted by split."""
-    found = []
-    for split in (places.TRAIN, places.VALIDATION):
-        rows = [row for row, place in enumerate(listed) if place.split == split]
-        starts = range(0, len(rows), places_per_shard)
-        ends = [min(start + places_per_shard, len(rows)) for start in starts]
-        found += [
-            Shard(split, number, len(starts), rows[start], rows[end - 1] + 1)
-            for number, (start, end) in enumerate(zip(starts, ends))
-        ]
-    return found
-
-
-class Builder:
-    """Makes the shards of a manifest; picklable.
+class Builder(Maker):
+    """Makes the samples of a manifest.
 
     Args:
       manifest: what ``plan`` wrote.
-      out: where shards go.
       min_clear_share: of a date's pixels, below which it is left out.
       places_per_shard: at most.
     """
 
-    def __init__(self, manifest: pathlib.Path, out: pathlib.Path, *, min_clear_share: float, places_per_shard: int):
-        self._out, self._min_clear_share = out, min_clear_share
+    def __init__(self, manifest: storage.Directory, *, min_clear_share: float, places_per_shard: int):
+        self._min_clear_share = min_clear_share
+        manifest = self._read_here(manifest)
         facts = json.loads((manifest / plan.SOURCES).read_text())
-        self._rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
-        self._licences = {source["name"]: source["licence"] for source in facts["sources"]}
+        self.rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
+        self.sources = facts["sources"]
+        self.rejected = [Rejected(**json.loads(line)) for line in (manifest / plan.REJECTED).read_text().splitlines()]
+        self._licences = {source["name"]: source["licence"] for source in self.sources}
         coverages = [Coverage(c["source"], tuple(c["bounds"])) for c in facts["labels"]]
         self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
-        self._places = sorted(places.read(manifest / plan.PLACES), key=lambda place: place.split)
+        listed = places.read(manifest / plan.PLACES)
+        self._places = {
+            split: [place for place in listed if place.split == split] for split in (places.TRAIN, places.VALIDATION)
+        }
         self._labels = LabelMaps(manifest / plan.LABELS, coverages)
-        self.shards = shards(self._places, places_per_shard=places_per_shard)
+        self.shards = folder.shards({split: len(of) for split, of in self._places.items()}, size=places_per_shard)
 
-    def build(self, shard: Shard) -> None:
-        """Writes one shard.
+    def _read_here(self, manifest: storage.Directory) -> pathlib.Path:
+        """The manifest in a folder of this machine."""
+        if not storage.in_bucket(manifest):
+            return pathlib.Path(manifest)
+        self._copy = tempfile.TemporaryDirectory()  # as long as this is there
+        for name in (*_MANIFEST, plan.REJECTED):
+            (pathlib.Path(self._copy.name) / name).write_bytes((manifest / name).read_bytes())
+        return pathlib.Path(self._copy.name)
 
-        Raises:
-          OSError: it cannot be written. What cannot be read is listed, and the others go on.
-        """
-        part = self._out / PARTS / f"{shard.name}.json"
-        histograms, rejected, samples = Histograms(self._rows), [], []
-        payloads = []
-        for place in self._places[shard.start : shard.stop]:
-            sample, refused = self.sample(place)
-            rejected += refused
-            if sample is None:
-                continue
-            try:
-                payloads.append(encode_sample(sample, self._rows))
-            except RecordError as error:
-                rejected.append(Rejected("place", place.id, str(error)))
-                continue
-            samples.append(_facts(sample, place, shard, record=len(payloads) - 1))
-            for name, series in sample.series.items():
-                histograms.add(name, series.images, series.valid)
-        path = self._out / f"{shard.name}.array_record"
-        if not payloads:
-            path.unlink(missing_ok=True)  # of a build that reached more
-        else:
-            with ShardWriter(path) as writer:
-                for payload in payloads:
-                    writer.write(payload)
-        unfinished = part.with_name(f"{shard.name}.incomplete-{os.getpid()}.npz")
-        histograms.save(unfinished)
-        os.replace(unfinished, part.with_suffix(".npz"))
-        found = {"samples": samples, "rejected": [dataclasses.asdict(entry) for entry in rejected]}
-        unfinished.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(unfinished, part)
+    def made(self, shard: Shard) -> Iterator[Made]:
+        for place in self._places[shard.split][shard.start : shard.stop]:
+            yield Made(*self.sample(place))
 
     def sample(self, place: Place) -> tuple[Sample | None, list[Rejected]]:
         """The sample of a place, None if it has not what it must have, and all that was left out, with reasons."""
@@ -132,7 +78,7 @@ class Builder:
             acquisition = self._acquisitions[index]
             of_row.setdefault(acquisition.modality, []).append(acquisition)
         series, rejected = {}, []
-        for row in self._rows:
+        for row in self.rows:
             name, found = row.name, of_row.get(row.name, [])
             if not found:
                 continue
@@ -160,171 +106,51 @@ class Builder:
         return sample, rejected
 
 
-def _facts(sample: Sample, place: Place, shard: Shard, *, record: int) -> dict[str, Any]:
-    """What the index says of a sample."""
-    dated = [day for series in sample.series.values() for day in series.days.tolist() if day != UNDATED]
-    mapped = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1) if sample.labels is not None else None
-    return dict(
-        id=sample.id,
-        split=place.split,
-        shard=shard.name,
-        record=record,
-        longitude=sample.longitude,
-        latitude=sample.latitude,
-        dates={name: len(series.days) for name, series in sample.series.items()},
-        hidden={name: float(series.cloud.mean()) for name, series in sample.series.items()},
-        first_day=min(dated, default=None),
-        last_day=max(dated, default=None),
-        classes=None if mapped is None else mapped.tolist(),
-        licence=sample.licence,
-    )
-
-
 def build(
-    manifest: pathlib.Path,
-    out: pathlib.Path,
+    manifest: str | os.PathLike,
+    out: str | os.PathLike,
     *,
-    workers: int,
+    engine: Engine,
     places_per_shard: int = 64,
     min_clear_share: float = 0.1,
 ) -> str:
-    """What was made, as a table; writes what is missing of ``out``, by ``workers`` processes.
+    """What was made, as a table; writes what is missing of ``out``.
 
     Raises:
-      ValueError: ``manifest`` is none, or ``out`` holds another one's samples, or not one sample came of it.
-      OSError: something cannot be written; what is whole stays, and the same call goes on.
+      ValueError: ``manifest`` is none, or as of ``engines.build``.
+      OSError: as there.
     """
+    manifest, out = folder.directory(manifest, flag="--manifest"), folder.directory(out, flag="--out")
     if not (manifest / plan.PLACES).exists():
         raise ValueError(f"--manifest: {manifest} has no {plan.PLACES}; wanted a folder that ingest.plan wrote")
     how = dict(places_per_shard=places_per_shard, min_clear_share=min_clear_share)
-    lock = _claim(out, {"manifest": _digest(manifest), **how})
-    with lock:
-        return _build(manifest, out, workers=workers, **how)
+    facts = {"manifest": _digest(manifest), **how}
+    return engines.build(functools.partial(Builder, manifest, **how), out, facts=facts, engine=engine)
 
 
-def _build(manifest: pathlib.Path, out: pathlib.Path, *, workers: int, **how: Any) -> str:
-    make = functools.partial(Builder, manifest, out, **how)
-    builder = make()
-    missing = [shard for shard in builder.shards if not _is_done(out / PARTS / f"{shard.name}.json")]
-    if workers > 1 and len(missing) > 1:
-        context, size = multiprocessing.get_context("spawn"), min(workers, len(missing))
-        with concurrent.futures.ProcessPoolExecutor(size, context, initializer=_begin, initargs=(make,)) as pool:
-            list(pool.map(_build_one, missing))
-    else:
-        for shard in missing:
-            builder.build(shard)
-    return finish(manifest, out, builder.shards)
-
-
-_WORKER: list[Builder] = []  # a process' own: it is made once, and not sent with each shard
-
-
-def _begin(make: Callable[[], Builder]) -> None:
-    _WORKER[:] = [make()]
-
-
-def _build_one(shard: Shard) -> None:
-    _WORKER[0].build(shard)
-
-
-def _is_done(part: pathlib.Path) -> bool:
-    """Whether a shard is written and nothing of it was out of reach then."""
-    if not part.exists():
-        return False
-    return not any(entry["reason"].startswith(UNREACHABLE) for entry in json.loads(part.read_text())["rejected"])
-
-
-def finish(manifest: pathlib.Path, out: pathlib.Path, made: Sequence[Shard]) -> str:
-    """The table of ``build``; writes index, statistics, rejects and card from the parts."""
-    facts = json.loads((manifest / plan.SOURCES).read_text())
-    table = rows_with(facts["modalities"])
-    rows, histograms, rejected = [], Histograms(table), []
-    for entry in (json.loads(line) for line in (manifest / plan.REJECTED).read_text().splitlines()):
-        rejected.append(Rejected(**entry))
-    for shard in made:
-        part = out / PARTS / f"{shard.name}.json"
-        found = json.loads(part.read_text())
-        rows += found["samples"]
-        rejected += [Rejected(**entry) for entry in found["rejected"]]
-        if shard.split == places.TRAIN:
-            histograms.merge(load(part.with_suffix(".npz")))
-    plan.write_rejected(rejected, out / plan.REJECTED)
-    if not rows:
-        reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
-        raise ValueError(f"not one sample came of {manifest}; {out / plan.REJECTED} says why:\n{reasons}")
-    pq.write_table(pa.Table.from_pylist([_row(row, table) for row in rows]), out / "index.parquet")
-    statistics = histograms.summary()
-    (out / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")
-    (out / "README.md").write_text(card.text(rows, statistics, facts["sources"], table, num_rejected=len(rejected)))
-    return card.table(rows, rejected, table)
-
-
-def _row(row: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
-    per_row = {f"{key}_{m.name}": row[key].get(m.name) for key in ("dates", "hidden") for m in table}
-    return {key: value for key, value in row.items() if key not in ("dates", "hidden")} | per_row
-
-
-def _digest(manifest: pathlib.Path) -> str:
+def _digest(manifest: epath.Path) -> str:
     total = hashlib.sha256()
-    for name in (plan.PLACES, plan.ACQUISITIONS, plan.LABELS, plan.SOURCES):
+    for name in _MANIFEST:
         total.update((manifest / name).read_bytes())
     return total.hexdigest()
-
-
-def _claim(out: pathlib.Path, facts: Mapping[str, Any]) -> TextIO:
-    """Makes ``out`` the place of this build while what it returns is open; clears what a killed one left.
-
-    Raises:
-      ValueError: another build's place, or one that is at work.
-    """
-    if out.is_dir() and any(out.iterdir()) and not ((out / FACTS).exists() or (out / LOCK).exists()):
-        raise ValueError(f"--out: {out} is not empty and no build of ours; wanted a new folder")
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
-    path, lock = out / FACTS, (out / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"--out: another build is at work in {out}") from error
-    if path.exists():
-        had = json.loads(path.read_text())
-        if had != facts:
-            changed = sorted(key for key in facts if had.get(key) != facts[key])
-            raise ValueError(
-                f"--out: {out} was begun with another {', '.join(changed)}; wanted a new folder, or the same"
-            )
-    else:
-        unfinished = out / f"{FACTS}.incomplete-{os.getpid()}"
-        unfinished.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(unfinished, path)
-    for leftover in _leftovers(out):
-        leftover.unlink(missing_ok=True)
-    return lock
-
-
-def _leftovers(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    yield from out.glob("*.incomplete-*")
-    yield from (out / PARTS).glob("*.incomplete-*")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Nothing; the command line."""
     parser = argparse.ArgumentParser(description="Samples of a manifest as ArrayRecord files.")
-    parser.add_argument("--manifest", type=pathlib.Path, required=True, help="folder that ingest.plan wrote")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the samples; the same one goes on")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--manifest", required=True, help="folder that ingest.plan wrote; also gs://bucket/name")
+    parser.add_argument("--out", required=True, help="folder for the samples, also in a bucket; the same one goes on")
     parser.add_argument("--places_per_shard", type=int, default=64)
     parser.add_argument("--min_clear_share", type=float, default=0.1, help="of a date's pixels, else it is left out")
+    engines.add_flags(parser)
     given = parser.parse_args(arguments)
-    if given.workers < 1 or given.places_per_shard < 1 or not 0 <= given.min_clear_share <= 1:
-        parser.error("--workers and --places_per_shard: wanted 1 or more; --min_clear_share: wanted 0 to 1")
-    how = dict(workers=given.workers, places_per_shard=given.places_per_shard, min_clear_share=given.min_clear_share)
-    try:
-        print(build(given.manifest, given.out, **how))
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-    except OSError as error:
-        parser.exit(1, f"error: {error}. What is whole stays; the same command goes on\n")
+    if given.places_per_shard < 1 or not 0 <= given.min_clear_share <= 1:
+        parser.error("--places_per_shard: wanted 1 or more; --min_clear_share: wanted 0 to 1")
+    how = dict(places_per_shard=given.places_per_shard, min_clear_share=given.min_clear_share)
+    engines.command(parser, lambda: build(given.manifest, given.out, engine=engines.engine_of(given), **how))
 
 
 if __name__ == "__main__":
-    main()
+    from skysense_jax.ingest import build as itself  # workers find Builder under this name, not under __main__
+
+    itself.main()

@@ -4,6 +4,7 @@ Rows of the table whose numbers have 16 bits or fewer have at most 65 536 of the
 the whole in any order; means, deviations and percentiles come from the counts. Next: build.py.
 """
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -63,7 +64,7 @@ class Histograms:
         )
 
 
-def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+def load(path: pathlib.Path | io.BytesIO) -> dict[str, np.ndarray]:
     """The counts of a file that ``save`` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
+from etils import epath
 
 from skysense_jax.data.records import RecordSource
-from skysense_jax.ingest import build, places, plan, sources
+from skysense_jax.ingest import build, engines, folder, places, plan, sources
 from skysense_jax.modalities import MODALITIES, OSM
 from tests.ingest import earth
 
@@ -216,7 +217,7 @@ def test_full_disk_ends_the_build_with_words_and_the_same_command_goes_on(
 ):
     written = []
 
-    class Full(build.ShardWriter):
+    class Full(folder.ShardWriter):
         def write(self, payload):
             written.append(payload)
             if len(written) == 5:
@@ -224,7 +225,7 @@ def test_full_disk_ends_the_build_with_words_and_the_same_command_goes_on(
             super().write(payload)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "ShardWriter", Full)
+        patch.setattr(folder, "ShardWriter", Full)
         with pytest.raises(SystemExit):
             _build(manifest, tmp_path / "out")
     assert "No space left on device. What is whole stays; the same command goes on" in capsys.readouterr().err
@@ -245,23 +246,22 @@ def test_file_that_could_not_be_had_is_asked_for_by_the_next_build(archive, mani
 
 
 def test_second_build_in_a_folder_is_refused_while_the_first_works(manifest, dataset, tmp_path, capsys):
-    lock = build._claim(tmp_path / "out", {"manifest": "x"})
-    with pytest.raises(SystemExit):
+    with folder.claimed(epath.Path(tmp_path / "out"), {"manifest": "x"}), pytest.raises(SystemExit):
         _build(manifest, tmp_path / "out")
     assert "another build is at work" in capsys.readouterr().err
-    lock.close()
 
 
 def test_build_that_was_killed_before_it_had_said_what_it_is_goes_on(manifest, dataset, tmp_path):
     out = tmp_path / "out"
-    build._claim(out, {"manifest": "x"}).close()
-    (out / build.FACTS).rename(out / f"{build.FACTS}.incomplete-1")
+    with folder.claimed(epath.Path(out), {"manifest": "x"}):
+        pass
+    (out / folder.FACTS).rename(out / f"{folder.FACTS}.incomplete-1")
     _build(manifest, out)
     assert _files(out) == _files(dataset)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and no build of ours"):
-        build.build(manifest, tmp_path / "mine", workers=1)
+        build.build(manifest, tmp_path / "mine", engine=engines.Engine())
 
 
 def test_one_bad_product_is_named_and_the_others_go_on(archive, tmp_path):
