@@ -2,8 +2,8 @@
 
 The unit of work is a shard: some places, in the manifest's order, into one ArrayRecord file. What it made of them lies
 beside it in DIR/parts and is written last; a shard that has it is done. So the same command goes on after a kill, and
-the bytes do not depend on kills or on how many processes worked. At the end: index.parquet, statistics.json,
-rejected.jsonl and README.md, the dataset's card. Next: series.py (reading), card.py.
+the bytes do not depend on kills or on how many processes worked. At the end: index.parquet, modalities.json,
+statistics.json, rejected.jsonl and README.md, the dataset's card. Next: series.py (reading), card.py.
 """
 
 import argparse
@@ -19,22 +19,21 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
-from skysense_jax.data.sample import UNDATED, Sample
+from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import card, places, plan
+from skysense_jax.ingest import card, figures, places, plan
+from skysense_jax.ingest import index as index_lib
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.series import UNREACHABLE, read_series
 from skysense_jax.ingest.sources import rows_with
-from skysense_jax.modalities import OSM, Modality
 
 PARTS, FACTS, LOCK = "parts", "build.json", ".lock"
 
@@ -97,7 +96,7 @@ class Builder:
         """
         part = self._out / PARTS / f"{shard.name}.json"
         histograms, rejected, samples = Histograms(self._rows), [], []
-        payloads = []
+        payloads, measured = [], []
         for place in self._places[shard.start : shard.stop]:
             sample, refused = self.sample(place)
             rejected += refused
@@ -108,7 +107,9 @@ class Builder:
             except RecordError as error:
                 rejected.append(Rejected("place", place.id, str(error)))
                 continue
-            samples.append(_facts(sample, place, shard, record=len(payloads) - 1))
+            where = dict(shard=shard.name, record=len(payloads) - 1)
+            samples.append(index_lib.facts(sample, split=place.split, **where))
+            measured += figures.measure(sample, self._rows, **where)
             for name, series in sample.series.items():
                 histograms.add(name, series.images, series.valid)
         path = self._out / f"{shard.name}.array_record"
@@ -121,6 +122,8 @@ class Builder:
         unfinished = part.with_name(f"{shard.name}.incomplete-{os.getpid()}.npz")
         histograms.save(unfinished)
         os.replace(unfinished, part.with_suffix(".npz"))
+        figures.write(measured, unfinished)
+        os.replace(unfinished, part.with_suffix(".parquet"))
         found = {"samples": samples, "rejected": [dataclasses.asdict(entry) for entry in rejected]}
         unfinished.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(unfinished, part)
@@ -158,26 +161,6 @@ class Builder:
             licence="; ".join(sorted({self._licences[source] for source in mapped.union(sources)})),
         )
         return sample, rejected
-
-
-def _facts(sample: Sample, place: Place, shard: Shard, *, record: int) -> dict[str, Any]:
-    """What the index says of a sample."""
-    dated = [day for series in sample.series.values() for day in series.days.tolist() if day != UNDATED]
-    mapped = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1) if sample.labels is not None else None
-    return dict(
-        id=sample.id,
-        split=place.split,
-        shard=shard.name,
-        record=record,
-        longitude=sample.longitude,
-        latitude=sample.latitude,
-        dates={name: len(series.days) for name, series in sample.series.items()},
-        hidden={name: float(series.cloud.mean()) for name, series in sample.series.items()},
-        first_day=min(dated, default=None),
-        last_day=max(dated, default=None),
-        classes=None if mapped is None else mapped.tolist(),
-        licence=sample.licence,
-    )
 
 
 def build(
@@ -252,16 +235,13 @@ def finish(manifest: pathlib.Path, out: pathlib.Path, made: Sequence[Shard]) -> 
     if not rows:
         reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
         raise ValueError(f"not one sample came of {manifest}; {out / plan.REJECTED} says why:\n{reasons}")
-    pq.write_table(pa.Table.from_pylist([_row(row, table) for row in rows]), out / "index.parquet")
+    pq.write_table(pa.Table.from_pylist([index_lib.row(found, table) for found in rows]), out / "index.parquet")
+    seen = {name for found in rows for name in found["dates"]}
+    index_lib.write_rows([row for row in table if row.name in seen], out)
     statistics = histograms.summary()
     (out / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")
     (out / "README.md").write_text(card.text(rows, statistics, facts["sources"], table, num_rejected=len(rejected)))
     return card.table(rows, rejected, table)
-
-
-def _row(row: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
-    per_row = {f"{key}_{m.name}": row[key].get(m.name) for key in ("dates", "hidden") for m in table}
-    return {key: value for key, value in row.items() if key not in ("dates", "hidden")} | per_row
 
 
 def _digest(manifest: pathlib.Path) -> str:
