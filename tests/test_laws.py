@@ -50,7 +50,8 @@ ALLOWED = {
     "config_layout": {"sharding"},
     "config_checks": {"config_layout", "modalities", "data"},  # data/text: the table that a config names
     "config": {"config_checks"},
-    "eval": {"batch", "data", "metrics", "modalities", "models", "photometric", "sharding"},
+    "drawing": {"modalities"},
+    "eval": {"batch", "data", "drawing", "metrics", "modalities", "models", "photometric", "sharding"},
     "cost": {"modalities"},
     "feed": {"batch", "data", "sharding"},
     "dry_run": {"batch", "cost", "modalities"},
@@ -58,7 +59,7 @@ ALLOWED = {
     "train_state": {"batch", "compiler", "models", "sharding"},
     "sides": {"batch", "losses", "modalities", "models", "photometric"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
-    "ingest": {"data", "modalities", "storage"},
+    "ingest": {"data", "drawing", "modalities", "storage"},
     "assembly": {
         "batch",
         "config",

@@ -11,7 +11,7 @@ import re
 import numpy as np
 from jaxtyping import Float
 
-from skysense_jax.eval.drawing import new_figure, save
+from skysense_jax.drawing import new_figure, save
 from skysense_jax.metrics import read_json_lines
 
 # Panels of the curves: title, axis label, what keys belong to it (the group is the label), axis: logarithmic, from 0.

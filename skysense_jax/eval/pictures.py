@@ -23,8 +23,7 @@ from matplotlib.transforms import Affine2D
 
 from skysense_jax.batch import Batch, Views
 from skysense_jax.data.sample import SampleReader
-from skysense_jax.eval import curves
-from skysense_jax.eval.drawing import (
+from skysense_jax.drawing import (
     NOTHING,
     class_legend,
     fit_colours,
@@ -36,6 +35,7 @@ from skysense_jax.eval.drawing import (
     shown_bands,
     to_rgb,
 )
+from skysense_jax.eval import curves
 from skysense_jax.eval.features import SampleFeatures, num_batch_shards, replicated, sample_features
 from skysense_jax.modalities import OSM, Modality
 from skysense_jax.models.skysense import Features

@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
@@ -27,14 +26,15 @@ from etils import epath
 from skysense_jax import storage
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
-from skysense_jax.data.sample import UNDATED, Sample
-from skysense_jax.ingest import card
+from skysense_jax.data.sample import Sample
+from skysense_jax.ingest import card, figures
+from skysense_jax.ingest import index as index_lib
 from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.series import UNREACHABLE
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import Modality
 
-PARTS, FACTS, LOCK, ROWS, REJECTED = "parts", "build.json", ".lock", "modalities.json", "rejected.jsonl"
+PARTS, FACTS, LOCK, REJECTED = "parts", "build.json", ".lock", "rejected.jsonl"
 TRAIN = "train"  # the split whose numbers statistics.json has
 
 
@@ -130,7 +130,7 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
     Raises:
       OSError: it cannot be written. What cannot be read is listed, and the others go on.
     """
-    histograms, rejected, samples, payloads = Histograms(maker.rows), [], [], []
+    histograms, rejected, samples, measured, payloads = Histograms(maker.rows), [], [], [], []
     for made in maker.made(shard):
         rejected += made.rejected
         if made.sample is None:
@@ -140,7 +140,9 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
         except RecordError as error:
             rejected.append(Rejected("place", made.sample.id, str(error)))
             continue
-        samples.append(_facts(made.sample, shard, record=len(payloads) - 1) | made.facts)
+        where = dict(shard=shard.name, record=len(payloads) - 1)
+        samples.append(index_lib.facts(made.sample, split=shard.split, **where) | made.facts)
+        measured += figures.measure(made.sample, maker.rows, **where)
         for name, series in made.sample.series.items():
             histograms.add(name, series.images, series.valid)
     path = out / shard.file
@@ -154,6 +156,7 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
         "rejected": [dataclasses.asdict(entry) for entry in rejected],
     }
     put(out / PARTS / f"{shard.name}.npz", histograms.save)
+    put(out / PARTS / f"{shard.name}.parquet", lambda file: figures.write(measured, file))
     put(out / PARTS / f"{shard.name}.json", lambda file: file.write_text(json.dumps(found, indent=1) + "\n"))
 
 
@@ -165,26 +168,6 @@ def _write_records(path: pathlib.Path, payloads: Sequence[bytes]) -> None:
 
 def _size(path: epath.Path) -> int:
     return path.stat().length if path.exists() else 0
-
-
-def _facts(sample: Sample, shard: Shard, *, record: int) -> dict[str, Any]:
-    """What the index says of a sample."""
-    dated = [day for series in sample.series.values() for day in series.days.tolist() if day != UNDATED]
-    mapped = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1) if sample.labels is not None else None
-    return dict(
-        id=sample.id,
-        split=shard.split,
-        shard=shard.name,
-        record=record,
-        longitude=sample.longitude,
-        latitude=sample.latitude,
-        dates={name: len(series.days) for name, series in sample.series.items()},
-        hidden={name: float(series.cloud.mean()) for name, series in sample.series.items()},
-        first_day=min(dated, default=None),
-        last_day=max(dated, default=None),
-        classes=None if mapped is None else mapped.tolist(),
-        licence=sample.licence,
-    )
 
 
 def whole(out: epath.Path, made: Sequence[Shard]) -> dict[str, dict[str, Any]]:
@@ -237,20 +220,15 @@ def finish(maker: Maker, out: epath.Path) -> str:
         reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
         raise ValueError(f"not one sample was made; {out / REJECTED} says why:\n{reasons}")
     names = {name for row in rows for name in row["dates"]}
-    seen = [dataclasses.asdict(row) for row in maker.rows if row.name in names]
+    seen = [row for row in maker.rows if row.name in names]
     statistics = histograms.summary()
-    index = pa.Table.from_pylist([_row(row, maker.rows) for row in rows])
+    index = pa.Table.from_pylist([index_lib.row(row, maker.rows) for row in rows])
     told = card.text(rows, statistics, maker.sources, maker.rows, num_rejected=len(rejected))
     put(out / "index.parquet", lambda file: pq.write_table(index, file))
     put(out / "statistics.json", lambda file: file.write_text(json.dumps(statistics, indent=1) + "\n"))
-    put(out / ROWS, lambda file: file.write_text(json.dumps(seen, indent=1) + "\n"))
+    put(out / index_lib.ROWS, lambda file: index_lib.write_rows(seen, file))
     put(out / "README.md", lambda file: file.write_text(told))
     return card.table(rows, rejected, maker.rows)
-
-
-def _row(row: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
-    per_row = {f"{key}_{m.name}": row[key].get(m.name) for key in ("dates", "hidden") for m in table}
-    return {key: value for key, value in row.items() if key not in ("dates", "hidden")} | per_row
 
 
 @contextlib.contextmanager

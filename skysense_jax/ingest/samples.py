@@ -19,7 +19,7 @@ import numpy as np
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample
-from skysense_jax.ingest import read_aerial, read_sentinel
+from skysense_jax.ingest import index, read_aerial, read_sentinel
 from skysense_jax.ingest.histograms import Histograms
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.read_sentinel import Item
@@ -149,6 +149,7 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
     with (out / "rejected.jsonl").open("w") as file:
         file.writelines(json.dumps(dataclasses.asdict(r)) + "\n" for r in rejected)
     report = Report(kinds=kinds, rejected=rejected)
+    index.write_rows(modalities, out / index.ROWS)
     (out / "statistics.json").write_text(json.dumps(report.statistics(), indent=1) + "\n")
     return report
 

@@ -20,7 +20,7 @@ S1_FLOOR_DB = -50.0  # below any echo; IW's noise lies at about -25 dB
 HIDDEN_PERCENT = 10  # cloud or snow probability from which the ground counts as hidden
 
 _FIRST_OFFSET_BASELINE = 4.0
-_NOT_DARK = 900  # darkest surfaces of a clear image lie below this, unless the offset is in the numbers
+NOT_DARK = 900  # darkest surfaces of a clear image lie below this, unless the offset is in the numbers
 _SCL_INVALID = (0, 1)  # no data, saturated or defective
 _SCL_HIDDEN = (3, 8, 9, 10, 11)  # cloud shadow, cloud of medium and of high probability, thin cirrus, snow
 
@@ -67,7 +67,7 @@ def offset_from_toa(
     Raises:
       Refused: the two images cannot be told to agree with or without an offset.
     """
-    toa_offset = BASELINE_OFFSET if np.percentile(top_of_atmosphere["B10"], 1) > _NOT_DARK else 0
+    toa_offset = BASELINE_OFFSET if np.percentile(top_of_atmosphere["B10"], 1) > NOT_DARK else 0
     excess = [float(np.median(surface[b] - (top_of_atmosphere[b].astype(float) - toa_offset))) for b in ("B11", "B12")]
     nearest = {BASELINE_OFFSET * round(e / BASELINE_OFFSET) for e in excess}
     if len(nearest) != 1 or not nearest <= {0, BASELINE_OFFSET}:
@@ -85,10 +85,10 @@ def check_no_offset(dn: Num[np.ndarray, "T H W C"], clear: Bool[np.ndarray, "T H
       Refused: the darkest hundredth of the clear pixels is bright, or nothing is clear.
     """
     dark = np.percentile(dn.min(-1)[clear], 1) if clear.any() else np.inf
-    if dark > _NOT_DARK:
+    if dark > NOT_DARK:
         raise Refused(
             f"unknown processing baseline, and the darkest hundredth of the clear pixels is at {dark:.0f}; wanted "
-            f"below {_NOT_DARK}: the offset of {BASELINE_OFFSET} may be in the numbers"
+            f"below {NOT_DARK}: the offset of {BASELINE_OFFSET} may be in the numbers"
         )
 
 

@@ -7,11 +7,11 @@ import optax
 import pytest
 from einops import rearrange
 
-from skysense_jax import modalities, sharding
+from skysense_jax import drawing, modalities, sharding
 from skysense_jax.batch import Batch
 from skysense_jax.data import geometry
 from skysense_jax.data.views import MultiView
-from skysense_jax.eval import drawing, pictures
+from skysense_jax.eval import pictures
 from skysense_jax.eval.features import SampleFeatures, read_whole
 from skysense_jax.models import skysense
 from skysense_jax.train_state import boxed_state

@@ -1,6 +1,6 @@
 """What pictures share: how bands, labels and features become colours, figures without a screen, legends, files.
 
-Next: pictures.py, curves.py.
+Next: eval/pictures.py and eval/curves.py (of a run), ingest/contact.py (of a dataset).
 """
 
 import pathlib
@@ -56,12 +56,17 @@ def shown_bands(modality: Modality) -> tuple[str, ...]:
 
 
 def to_rgb(
-    images: Num[np.ndarray, "*batch H W C"], modality: Modality, *, valid: Bool[np.ndarray, "*batch H W"] | None = None
+    images: Num[np.ndarray, "*batch H W C"],
+    modality: Modality,
+    *,
+    valid: Bool[np.ndarray, "*batch H W"] | None = None,
+    clear: Bool[np.ndarray, "*batch H W"] | None = None,
 ) -> Float[np.ndarray, "*batch H W 3"]:
     """Displayable RGB 0-1: natural colours where the bands allow it, else the first bands; two bands and a difference.
 
     8-bit RGB is shown as it is; the rest is stretched between the 2nd and 98th percentile of the valid pixels of all
     ``images`` together, so that brightness compares between dates and views. Invalid pixels are grey.
+    ``clear``: the pixels that set the stretch instead, if there are any, so that clouds do not darken the ground.
     """
     bands = [images[..., modality.bands.index(b)] for b in shown_bands(modality) if b in modality.bands]
     stack = np.stack(bands, -1).astype(np.float32)
@@ -74,7 +79,8 @@ def to_rgb(
     elif valid.any():
         # One stretch for all three keeps natural colours natural; unlike bands take each their own.
         natural = shown_bands(modality) in NATURAL_BANDS
-        low, high = np.percentile(stack[valid], (2, 98), axis=None if natural else 0)
+        counted = valid if clear is None or not (valid & clear).any() else valid & clear
+        low, high = np.percentile(stack[counted], (2, 98), axis=None if natural else 0)
         shown = np.clip((stack - low) / np.maximum(high - low, 1e-6), 0, 1)
     else:
         shown = np.zeros_like(stack)

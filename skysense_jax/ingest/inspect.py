@@ -1,0 +1,113 @@
+"""Writes a page that shows a dataset: ``python -m skysense_jax.ingest.inspect DIR``.
+
+One file of HTML with its pictures inside: places, suspicious samples first, bands against the modality table, dates,
+clouds, classes. DIR is what ``ingest.build`` wrote, or any folder of records. What is shown depends on the files and
+the options alone. Next: dataset.py (what is read), suspicions.py, page.py.
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from skysense_jax.data.records import RecordError
+from skysense_jax.ingest import charts, suspicions
+from skysense_jax.ingest.contact import contact
+from skysense_jax.ingest.dataset import Dataset, Where, drawn, open_dataset
+from skysense_jax.ingest.page import Card, page
+from skysense_jax.ingest.survey import Survey, survey
+from skysense_jax.ingest.suspicions import Hit, Suspicions
+
+
+def inspect(
+    folder: pathlib.Path, *, num_samples: int = 24, num_dates: int = 12, examine: int = 500, seed: int = 0
+) -> str:
+    """The page.
+
+    Args:
+      num_samples: shown, at most half of them for being suspicious.
+      num_dates: of a modality of a sample.
+      examine: samples whose pixels are read where the folder has no figures of them.
+      seed: of which ones.
+
+    Raises:
+      ValueError: no dataset, or none that can be read.
+    """
+    dataset = open_dataset(folder, examine=examine, seed=seed)
+    found = Suspicions(keep=max(num_samples, 1))
+    suspicions.of_index(dataset.index, found)
+    suspicions.of_figures(dataset.figures, dataset.rows, found)
+    places = dataset.index.to_table(columns=["id", "shard", "record", "split"])
+    odd = list(dict.fromkeys([*dataset.unreadable, *found.worst(num=num_samples)]))[: num_samples // 2]
+    some = drawn(iter(places["id"].to_pylist()), num=num_samples, seed=seed)
+    picked = places.take(pa.array(some, pa.int64()))
+    others = [where for where in zip(picked["shard"].to_pylist(), picked["record"].to_pylist()) if where not in odd]
+    shown = [_card(dataset, where, found, num_dates) for where in [*odd, *others[: num_samples - len(odd)]]]
+    damaged = {**dataset.unreadable, **{card.where: card.hits[-1].told for card in shown if card.sample is None}}
+    found.counts["unreadable"] = len(damaged)
+    cards = [card for card in shown if card.sample is None] + [card for card in shown if card.sample is not None]
+    numbers = survey(dataset)
+    return page(
+        dataset,
+        numbers,
+        found,
+        suspicious=[card for card in cards if card.hits],
+        drawn=[card for card in cards if not card.hits],
+        places=_map(numbers, places, cards),
+    )
+
+
+def _card(dataset: Dataset, where: Where, found: Suspicions, num_dates: int) -> Card:
+    split, hits = where[0].split("-")[0], found.told_of(*where)
+    try:
+        sample = dataset.read(where)
+    except RecordError as error:
+        return Card(where, split, [*hits, Hit("unreadable", 1.0, "?", *where, str(error))])
+    return Card(where, split, hits, sample, contact(sample, dataset.rows, num_dates=num_dates))
+
+
+def _map(numbers: Survey, places: pa.Table, cards: Sequence[Card]) -> str:
+    few = len(places) <= charts.MOST_DOTS
+    titles = (
+        [f"{name}, {split}" for name, split in zip(*(places[key].to_pylist() for key in ("id", "split")))]
+        if few
+        else []
+    )
+    anchors = {card.where: f"#{card.anchor}" for card in cards}
+    at = zip(*(places[key].to_pylist() for key in ("shard", "record"))) if few else ()
+    links = {place: anchors[where] for place, where in enumerate(at) if where in anchors}
+    return charts.places_map(numbers.longitudes, numbers.latitudes, numbers.held_out, titles=titles, links=links)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Nothing; the command line."""
+    parser = argparse.ArgumentParser(description="A page that shows a dataset, in one file.")
+    parser.add_argument(
+        "folder", metavar="DIR", type=pathlib.Path, help="what ingest.build wrote, or a folder of records"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="the page; DIR/inspect.html if left out")
+    parser.add_argument("--num_samples", type=int, default=24, help="shown; about 0.3 MB each")
+    parser.add_argument("--num_dates", type=int, default=12, help="shown, of a modality of a sample")
+    parser.add_argument(
+        "--examine", type=int, default=500, help="samples to read where the folder has no figures of pixels"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of which samples are drawn")
+    given = parser.parse_args(arguments)
+    if given.num_samples < 0 or given.num_dates < 1 or given.examine < 1:
+        parser.error("--num_samples: wanted 0 or more; --num_dates, --examine: wanted 1 or more")
+    options = dict(num_samples=given.num_samples, num_dates=given.num_dates, examine=given.examine, seed=given.seed)
+    out = given.out or given.folder / "inspect.html"
+    try:
+        text = inspect(given.folder, **options)
+        unfinished = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, out)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

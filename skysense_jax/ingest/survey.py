@@ -1,0 +1,153 @@
+"""A dataset in numbers: how many samples, where, when, how cloudy, with which classes. Counted from its tables alone.
+
+Columns are read one after the other, so that millions of samples fit. Next: page.py, which shows them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+from jaxtyping import Bool, Float, Int64
+
+from skysense_jax.ingest.dataset import Dataset
+from skysense_jax.modalities import OSM, Modality
+
+_HELD_OUT = ("validation", "test")
+HIDDEN_BINS = 10  # of the hidden share, 0 to 1
+_NUMBERS = re.compile(r"-?\d[\d.,]*(e[+-]?\d+)?")
+_QUOTED = re.compile(r"'[^']*'|\S*/\S*")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfRow:
+    """What a dataset has of one row of the modality table.
+
+    Attributes:
+      samples: that have it; ``dates``: of all of them together; ``undated`` of those measured.
+      hidden: mean share that clouds hide.
+      num_dates: how many samples have how many dates (0: samples that lack the row).
+      hidden_counts: how many samples in each tenth of the hidden share.
+      months: how many dates of those measured, by month since 1970-01.
+    """
+
+    row: Modality
+    samples: int
+    dates: int
+    undated: int
+    hidden: float
+    num_dates: Mapping[int, int]
+    hidden_counts: Int64[np.ndarray, "N"]
+    months: Mapping[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """A dataset in numbers.
+
+    Attributes:
+      splits, licences: samples of each.
+      longitudes, latitudes: of the samples' centres, degrees, NaN where not known; ``held_out``: to validate or test.
+      rows: by name, those that some sample has.
+      days: the first and the last, None without any.
+      mapped: samples that have a label map; ``class_pixels`` and ``class_samples``: by class id, 0 = nothing mapped.
+      rejected: what came to nothing, and why with numbers and names left out: how often.
+    """
+
+    splits: Mapping[str, int]
+    licences: Mapping[str, int]
+    longitudes: Float[np.ndarray, "N"]
+    latitudes: Float[np.ndarray, "N"]
+    held_out: Bool[np.ndarray, "N"]
+    rows: Mapping[str, OfRow]
+    days: tuple[int, int] | None
+    mapped: int
+    class_pixels: Int64[np.ndarray, "L"]
+    class_samples: Int64[np.ndarray, "L"]
+    rejected: Mapping[tuple[str, str], int]
+
+
+def survey(dataset: Dataset) -> Survey:
+    """The numbers of a dataset."""
+    column = lambda name: dataset.index.to_table(columns=[name])[name]  # noqa: E731
+    splits = column("split")
+    first, last = pc.min(column("first_day")).as_py(), pc.max(column("last_day")).as_py()
+    mapped, pixels, samples = _classes(dataset.index)
+    rows = {
+        row.name: _of_row(dataset, row) for row in dataset.rows if f"dates_{row.name}" in dataset.index.schema.names
+    }
+    return Survey(
+        splits=_counted(splits),
+        licences=_counted(column("licence")),
+        longitudes=_numbers(column("longitude")),
+        latitudes=_numbers(column("latitude")),
+        held_out=pc.is_in(splits, value_set=pa.array(_HELD_OUT)).to_numpy(zero_copy_only=False),
+        rows={name: of for name, of in rows.items() if of.samples},
+        days=None if first is None else (first, last),
+        mapped=mapped,
+        class_pixels=pixels,
+        class_samples=samples,
+        rejected=_rejected(dataset.folder / "rejected.jsonl"),
+    )
+
+
+def _of_row(dataset: Dataset, row: Modality) -> OfRow:
+    names = [f"dates_{row.name}", f"hidden_{row.name}"]
+    table = dataset.index.to_table(columns=names)
+    dates, hidden = (_numbers(table[name]) for name in names)
+    having = np.isfinite(dates)
+    counts = Counter(np.where(having, dates, 0).astype(int).tolist())
+    months, undated = Counter(), 0
+    for batch in dataset.figures.to_batches(columns=["days"], filter=pc.field("modality") == row.name):
+        days = batch["days"].flatten()
+        undated += days.null_count
+        found = days.drop_null().to_numpy(zero_copy_only=False).astype("datetime64[D]").astype("datetime64[M]")
+        months.update(found.astype(int).tolist())
+    return OfRow(
+        row=row,
+        samples=int(having.sum()),
+        dates=int(dates[having].sum()),
+        undated=undated,
+        hidden=float(hidden[having].mean()) if having.any() else 0.0,
+        num_dates=counts,
+        hidden_counts=np.histogram(hidden[having], HIDDEN_BINS, (0, 1))[0],
+        months=months,
+    )
+
+
+def _classes(index: pa.dataset.Dataset) -> tuple[int, np.ndarray, np.ndarray]:
+    """Samples with a map, and of each class id its pixels and the samples that have some."""
+    num, pixels, samples = 0, np.zeros(OSM.num_classes + 1, np.int64), np.zeros(OSM.num_classes + 1, np.int64)
+    if pa.types.is_null(index.schema.field("classes").type):
+        return num, pixels, samples
+    for batch in index.to_batches(columns=["classes"]):
+        found = batch["classes"].drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, len(pixels))
+        num += len(found)
+        pixels += found.sum(0)
+        samples += (found > 0).sum(0)
+    return num, pixels, samples
+
+
+def _rejected(path: pathlib.Path) -> Mapping[tuple[str, str], int]:
+    """How often files, dates and places came to nothing, by reason without its numbers and names."""
+    counts: Counter[tuple[str, str]] = Counter()
+    if path.exists():
+        with path.open() as lines:
+            for entry in map(json.loads, lines):
+                reason = _NUMBERS.sub("#", _QUOTED.sub("…", entry["reason"]))
+                counts[entry.get("what", "file"), reason] += 1
+    return counts
+
+
+def _counted(column: pa.ChunkedArray) -> dict[str, int]:
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+
+
+def _numbers(column: pa.ChunkedArray) -> Float[np.ndarray, "N"]:
+    return column.cast(pa.float64()).to_numpy()

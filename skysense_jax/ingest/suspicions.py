@@ -1,0 +1,332 @@
+"""What is odd about samples, each oddity with its figure: rules over the tables of a dataset, never over its pixels.
+
+A suspicion is no verdict: snow, deserts and lakes look odd too. Rules read figures.py's table and the index column by
+column, so that millions of samples take little memory. Next: inspect.py, which shows the samples.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import rasterio.warp
+from jaxtyping import Bool, Float
+
+from skysense_jax.data.checks import LAST_DAY
+from skysense_jax.ingest.sentinel import NOT_DARK
+from skysense_jax.modalities import Modality
+
+_FAR = 3.0  # standard deviations of the table
+_CLIPPED, _FULL_SCALE, _FILLED, _UNSEEN = 0.1, 0.2, 0.05, 0.8  # shares
+_FAR_KM = 2.0  # a place's centre lies within 1.9 km of the corner in its name, however many cells it has
+_FAR_DAYS = 366
+_FIRST_DAYS = {  # of the satellites
+    "s1": int(np.datetime64("2014-04-03", "D").astype(int)),
+    "s2": int(np.datetime64("2015-06-23", "D").astype(int)),
+}
+_PLACE = r"^(\d{5})_(-?\d+)_(-?\d+)$"  # names that ingest.plan gives: UTM zone, west, north
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of suspicion.
+
+    Attributes:
+      name: of its place on the page.
+      title: what is odd, in a few words.
+      meaning: what it may come from, and from which figure on it is told.
+    """
+
+    name: str
+    title: str
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A suspicious sample: which, how much, and in words."""
+
+    kind: str
+    figure: float
+    id: str
+    shard: str
+    record: int
+    told: str
+
+
+KINDS: tuple[Kind, ...] = (  # the gravest first
+    Kind("unreadable", "cannot be read", "The record is damaged; found only among those that this page reads."),
+    Kind(
+        "elsewhere",
+        "position and name disagree",
+        f"The centre lies {_FAR_KM:g} km or more from the corner of the square that its name gives.",
+    ),
+    Kind("namesakes", "a name twice", "Several samples of the dataset have this name."),
+    Kind(
+        "unit",
+        "another unit",
+        "The mean of a band on one date lies outside of the row's typical range, such as linear power among decibels.",
+    ),
+    Kind(
+        "offset_left",
+        "offset in the numbers",
+        f"On a quarter of the dates or more the darkest hundredth of clear pixels is at {NOT_DARK} or above: the "
+        "offset of 1000 of processing baseline 04.00 may not have been subtracted. Deserts and snow do it too.",
+    ),
+    Kind(
+        "offset_twice",
+        "offset subtracted twice",
+        f"{_CLIPPED:.0%} or more of a date's clear pixels are at the lowest number in red, green and blue alike. Dark "
+        "lakes do it too.",
+    ),
+    Kind(
+        "polarisations",
+        "cross-polarised is brighter",
+        "VH or HV exceeds VV or HH on average, which ground hardly ever does: bands may be swapped.",
+    ),
+    Kind("too_early", "before the satellite", "A date lies before the launch of its satellite."),
+    Kind("disorder", "dates out of order", "A date lies before the one ahead of it."),
+    Kind("repeated", "a date twice", "Dates of one sample have the same pixels."),
+    Kind("twins", "same pixels as another sample", "All pixels of a row equal those of another sample."),
+    Kind("single_valued", "a band is one number", "A band of a date has the same number everywhere."),
+    Kind(
+        "filled",
+        "no data taken for data",
+        f"In {_FILLED:.0%} or more of a date's valid pixels all bands are at one end of the range.",
+    ),
+    Kind("full_scale", "saturated", f"{_FULL_SCALE:.0%} or more of a date's valid pixels are at a band's upper limit."),
+    Kind(
+        "far",
+        "far from the table",
+        f"The mean of a band's clear pixels lies {_FAR:g} or more of the table's deviations from the table's mean.",
+    ),
+    Kind(
+        "far_day",
+        "a day far from the others",
+        "A date lies more than a year, and three times the middle half of all days, outside of that middle half.",
+    ),
+    Kind("unseen", "mostly hidden", f"Of a date that was kept {_UNSEEN:.0%} or more is cloud or no data."),
+    Kind("empty_map", "nothing on the map", "There is a label map and nothing on it: the extract may end before it."),
+)
+_RANK = {kind.name: rank for rank, kind in enumerate(KINDS)}
+
+
+class Suspicions:
+    """How many samples are suspicious of each kind, and the worst of them.
+
+    A sample counts once for each row of the modality table in which a kind is found.
+    """
+
+    def __init__(self, *, keep: int):
+        """``keep``: of each kind how many to remember."""
+        self._keep = keep
+        self.counts: dict[str, int] = {}
+        self._worst: dict[str, list[Hit]] = {}
+
+    def add(
+        self,
+        kind: str,
+        batch: pa.RecordBatch | pa.Table,
+        odd: Bool[np.ndarray, "N"],
+        figures: Float[np.ndarray, "N"],
+        told: Callable[[int], str],
+    ) -> None:
+        """Counts the rows of a batch that are ``odd``; the larger a figure, the worse. ``told`` is asked by row."""
+        rows = np.flatnonzero(odd)
+        if not len(rows):
+            return
+        self.counts[kind] = self.counts.get(kind, 0) + len(rows)
+        rows = rows[np.argsort(-figures[rows], kind="stable")][: self._keep]
+        of = {name: batch[name].take(pa.array(rows)).to_pylist() for name in ("id", "shard", "record")}
+        hits = [
+            Hit(kind, float(figures[row]), *where, told(int(row)))
+            for row, where in zip(rows, zip(of["id"], of["shard"], of["record"]))
+        ]
+        worst = sorted([*self._worst.get(kind, ()), *hits], key=lambda hit: (-hit.figure, hit.shard, hit.record))
+        self._worst[kind] = worst[: self._keep]
+
+    def worst(self, *, num: int) -> list[tuple[str, int]]:
+        """Shard and record of up to ``num`` samples: the worst of each kind, the gravest kind first, then the next."""
+        kinds = sorted(self._worst, key=_RANK.__getitem__)
+        in_turn = [
+            self._worst[kind][place] for place in range(self._keep) for kind in kinds if place < len(self._worst[kind])
+        ]
+        return list(dict.fromkeys((hit.shard, hit.record) for hit in in_turn))[:num]
+
+    def told_of(self, shard: str, record: int) -> list[Hit]:
+        """What is remembered of one sample, the gravest first."""
+        found = [hit for hits in self._worst.values() for hit in hits if (hit.shard, hit.record) == (shard, record)]
+        return sorted(found, key=lambda hit: _RANK[hit.kind])
+
+
+# ---- rules over the index
+
+
+def of_index(index: pa.dataset.Dataset, found: Suspicions) -> None:
+    """Adds what is odd about the rows of an index."""
+    ids = index.to_table(columns=["id", "shard", "record"])
+    values = pc.value_counts(ids["id"])
+    often = values.filter(pc.greater(values.field("counts"), 1))
+    if len(often):
+        times = dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist()))
+        num = np.array([times.get(name, 1) for name in ids["id"].to_pylist()], float)
+        found.add("namesakes", ids, num > 1, num, lambda row: f"{num[row]:.0f} samples have its name")
+    for batch in index.to_batches(columns=["id", "shard", "record", "longitude", "latitude", "classes"]):
+        _elsewhere(batch, found)
+        mapped = np.array([classes is not None and not any(classes[1:]) for classes in batch["classes"].to_pylist()])
+        if mapped.any():
+            ones = np.ones(len(mapped))
+            found.add("empty_map", batch, mapped, ones, lambda row: "its label map has nothing on it")
+
+
+def _elsewhere(batch: pa.RecordBatch, found: Suspicions) -> None:
+    """Samples whose position is not that of the square of the grid that their name gives."""
+    names = [re.match(_PLACE, name) for name in batch["id"].to_pylist()]
+    longitudes, latitudes = _numbers(batch["longitude"]), _numbers(batch["latitude"])
+    placed = np.array([name is not None for name in names]) & np.isfinite(longitudes) & np.isfinite(latitudes)
+    km = np.zeros(len(names))
+    for zone in {names[row][1] for row in np.flatnonzero(placed)}:
+        rows = [row for row in np.flatnonzero(placed) if names[row][1] == zone]
+        x, y = rasterio.warp.transform("EPSG:4326", f"EPSG:{zone}", longitudes[rows].tolist(), latitudes[rows].tolist())
+        west, north = (np.array([float(names[row][part]) for row in rows]) for part in (2, 3))
+        km[rows] = np.hypot(x - west, y - north) / 1000
+    told = lambda row: f"its centre lies {km[row]:.1f} km from the square in its name"  # noqa: E731
+    found.add("elsewhere", batch, km >= _FAR_KM, km, told)
+
+
+# ---- rules over the figures
+
+
+def of_figures(figures: pa.dataset.Dataset, rows: Sequence[Modality], found: Suspicions) -> None:
+    """Adds what is odd about the figures of samples, in two passes over them."""
+    for row in rows:
+        of_row = pc.field("modality") == row.name
+        digests = _unsigned(figures.to_table(columns=["digest"], filter=of_row)["digest"])
+        days, values = np.zeros(LAST_DAY + 1, np.int64), {}
+        for batch in figures.to_batches(columns=["days"], filter=of_row):
+            seen = batch["days"].flatten().drop_null().to_numpy(zero_copy_only=False)
+            days += np.bincount(seen, minlength=LAST_DAY + 1)
+        unique, counts = np.unique(digests, return_counts=True)
+        values = dict(twins=(unique[counts > 1], counts[counts > 1]), days=_far_days(days))
+        for batch in figures.to_batches(filter=of_row):
+            if len(batch):
+                _of_batch(batch, row, found, **values)
+
+
+def _of_batch(
+    batch: pa.RecordBatch,
+    row: Modality,
+    found: Suspicions,
+    *,
+    twins: tuple[np.ndarray, np.ndarray],
+    days: tuple[float, float],
+) -> None:
+    """Rules over the figures of samples in one row of the modality table."""
+    columns = {name: _numbers(batch[name]) for name in _PLAIN}
+
+    def add(kind: str, odd, figure, told: str) -> None:
+        """``told``: with {} for the figure."""
+        with np.errstate(invalid="ignore"):
+            found.add(kind, batch, np.asarray(odd), figure, lambda i: f"{row.name}: {told.format(figure[i])}")
+
+    low, high = row.typical_range
+    with np.errstate(invalid="ignore"):
+        beyond = np.fmax(low - columns["least_mean"], columns["largest_mean"] - high)
+        for kind, (name, least, told) in _RULES.items():
+            add(kind, columns[name] >= least, columns[name], told)
+        found.add("unit", batch, beyond > 0, beyond, lambda i: _unit(columns, row, i))
+    _of_means(batch, row, found)
+    _of_days(batch, row, found, days)
+    digests = _unsigned(batch["digest"])
+    place = np.searchsorted(twins[0], digests).clip(0, max(len(twins[0]) - 1, 0))
+    if len(twins[0]):
+        same = twins[0][place] == digests
+        others = np.where(same, twins[1][place] - 1, 0).astype(float)
+        add("twins", same, others, "{:.0f} other samples have the same pixels")
+
+
+_RULES = {  # kind: the figure, from which value on, and how it is told
+    "offset_left": ("darkest", NOT_DARK, "its darkest pixels are at {:.0f}, and wanted below " + str(NOT_DARK)),
+    "offset_twice": ("clipped", _CLIPPED, "{:.0%} of a date are at the lowest number in red, green and blue"),
+    "disorder": ("disordered", 1, "{:.0f} dates lie before the one ahead"),
+    "repeated": ("repeated", 1, "{:.0f} dates have the pixels of another date"),
+    "single_valued": ("single_valued", 1, "{:.0f} bands of dates are one number"),
+    "filled": ("filled", _FILLED, "{:.0%} of a date's valid pixels are at one end in all bands"),
+    "full_scale": ("full_scale", _FULL_SCALE, "{:.0%} of a date's valid pixels are at a band's upper limit"),
+    "unseen": ("unseen", _UNSEEN, "{:.0%} of a date are cloud or no data"),
+}
+_PLAIN = ("least_mean", "largest_mean", *(name for name, _, _ in _RULES.values()))
+
+
+def _unit(columns: Mapping[str, np.ndarray], row: Modality, i: int) -> str:
+    low, high = row.typical_range
+    least, largest = columns["least_mean"][i], columns["largest_mean"][i]
+    mean = least if least < low else largest
+    return f"{row.name}: mean {mean:.4g} on a date; typical is {low:g} to {high:g}: it looks like {row.wrong_unit_hint}"
+
+
+def _of_means(batch: pa.RecordBatch, row: Modality, found: Suspicions) -> None:
+    """Means of bands against the modality table, and against each other."""
+    known = pc.is_valid(batch["mean"])
+    some = batch.filter(known)
+    if not len(some):
+        return
+    means = some["mean"].flatten().to_numpy(zero_copy_only=False).reshape(-1, row.num_bands).astype(float)
+    deviations = np.abs(means - row.mean) / row.std
+    worst = deviations.argmax(1)
+    most = deviations[np.arange(len(worst)), worst]
+
+    def told(i: int) -> str:
+        band = worst[i]
+        return (
+            f"{row.name} {row.bands[band]}: mean {means[i, band]:.4g}, {most[i]:.1f} deviations from the table's "
+            f"{row.mean[band]:.4g} ± {row.std[band]:.4g}"
+        )
+
+    found.add("far", some, most >= _FAR, most, told)
+    for co, cross in (("VV", "VH"), ("HH", "HV")):
+        if {co, cross} <= set(row.bands) and row.photometric == "backscatter":
+            excess = means[:, row.bands.index(cross)] - means[:, row.bands.index(co)]
+            words = lambda i, co=co, cross=cross, by=excess: f"{row.name}: {cross} exceeds {co} by {by[i]:.1f} dB"  # noqa: E731
+            found.add("polarisations", some, excess > 0, excess, words)
+
+
+def _of_days(batch: pa.RecordBatch, row: Modality, found: Suspicions, usual: tuple[float, float]) -> None:
+    """Days before a satellite was there, and days far from those of the other samples."""
+    sizes = np.diff(batch["days"].offsets.to_numpy())
+    owner = np.repeat(np.arange(len(batch)), sizes)
+    days = _numbers(batch["days"].flatten())
+    dated = np.isfinite(days)
+    first, last = np.full(len(batch), np.inf), np.full(len(batch), -np.inf)
+    np.minimum.at(first, owner[dated], days[dated])
+    np.maximum.at(last, owner[dated], days[dated])
+    day_of = lambda day: str(np.datetime64(int(day), "D"))  # noqa: E731
+    launch = _FIRST_DAYS.get(row.name, -np.inf)
+    found.add(
+        "too_early", batch, first < launch, launch - first, lambda i: f"{row.name}: a date is of {day_of(first[i])}"
+    )
+    beyond = np.fmax(usual[0] - first, last - usual[1])
+    odd_day = np.where(usual[0] - first >= last - usual[1], first, last)
+    found.add("far_day", batch, beyond > 0, beyond, lambda i: f"{row.name}: a date is of {day_of(odd_day[i])}")
+
+
+def _far_days(counts: Iterable[int]) -> tuple[float, float]:
+    """The earliest and the latest day that are not far from the others; of no days, any."""
+    total = np.cumsum(counts)
+    if not total[-1]:
+        return -np.inf, np.inf
+    lower, upper = (float(np.searchsorted(total, share * total[-1])) for share in (0.25, 0.75))
+    margin = max(3 * (upper - lower), _FAR_DAYS)
+    return lower - margin, upper + margin
+
+
+def _numbers(column: pa.Array) -> Float[np.ndarray, "N"]:
+    """A column as numbers, NaN where it has none."""
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _unsigned(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy() if isinstance(column, pa.ChunkedArray) else column.to_numpy(zero_copy_only=False)
