@@ -27,7 +27,7 @@ from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import UNDATED, Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import card, places, plan
+from skysense_jax.ingest import card, osm, places, plan
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.labels import Coverage, LabelMaps
@@ -83,10 +83,11 @@ class Builder:
         facts = json.loads((manifest / plan.SOURCES).read_text())
         self._rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
         self._licences = {source["name"]: source["licence"] for source in facts["sources"]}
-        coverages = [Coverage(c["source"], tuple(c["bounds"])) for c in facts["labels"]]
+        coverages = [Coverage.of(covered) for covered in facts["labels"]]
+        self._classes = osm.read_classes(facts.get("classes", ()))
         self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
         self._places = sorted(places.read(manifest / plan.PLACES), key=lambda place: place.split)
-        self._labels = LabelMaps(manifest / plan.LABELS, coverages)
+        self._labels = LabelMaps(manifest / plan.LABELS, coverages, self._classes)
         self.shards = shards(self._places, places_per_shard=places_per_shard)
 
     def build(self, shard: Shard) -> None:
