@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,8 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
@@ -30,13 +29,14 @@ from skysense_jax.ingest import acquisitions as acquisitions_lib
 from skysense_jax.ingest import card, osm, places, plan
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.histograms import Histograms, load
+from skysense_jax.ingest.index_writer import IndexWriter
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.series import UNREACHABLE, read_series
 from skysense_jax.ingest.sources import rows_with
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import OSM
 
-PARTS, FACTS, LOCK = "parts", "build.json", ".lock"
+PARTS, FACTS, LOCK, INDEX = "parts", "build.json", ".lock", "index.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,39 +236,53 @@ def _is_done(part: pathlib.Path) -> bool:
 
 
 def finish(manifest: pathlib.Path, out: pathlib.Path, made: Sequence[Shard]) -> str:
-    """The table of ``build``; writes index, statistics, rejects and card from the parts."""
+    """The table of ``build``; writes index, statistics, rejects and card from the parts, one part after the other.
+
+    Raises:
+      ValueError: there is not one sample.
+    """
     facts = json.loads((manifest / plan.SOURCES).read_text())
-    table = rows_with(facts["modalities"])
-    rows, histograms, rejected = [], Histograms(table), []
-    for entry in (json.loads(line) for line in (manifest / plan.REJECTED).read_text().splitlines()):
-        rejected.append(Rejected(**entry))
-    for shard in made:
-        part = out / PARTS / f"{shard.name}.json"
-        found = json.loads(part.read_text())
-        rows += found["samples"]
-        rejected += [Rejected(**entry) for entry in found["rejected"]]
-        if shard.split == places.TRAIN:
-            histograms.merge(load(part.with_suffix(".npz")))
-    plan.write_rejected(rejected, out / plan.REJECTED)
-    if not rows:
-        reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
+    table, labels = rows_with(facts["modalities"]), osm.read_classes(facts.get("classes", ())).map
+    counts, histograms = card.Counts(), Histograms(table)
+    unfinished = out / f"{INDEX}.incomplete-{os.getpid()}"
+    with IndexWriter(unfinished, table) as index, (out / plan.REJECTED).open("w") as rejected:
+        for entry in _rejected(manifest, out, made):
+            rejected.write(json.dumps(entry) + "\n")
+            counts.rejected[entry["what"]] += 1
+        for shard in made:
+            part = out / PARTS / f"{shard.name}.json"
+            samples = json.loads(part.read_text())["samples"]
+            index.add(samples)
+            for sample in samples:
+                counts.add(sample)
+            if shard.split == places.TRAIN:
+                histograms.merge(load(part.with_suffix(".npz")))
+    if not counts.samples:
+        unfinished.unlink()
+        first = itertools.islice(_rejected(manifest, out, made), 20)
+        reasons = "\n".join(f"  {entry['name']}: {entry['reason']}" for entry in first)
         raise ValueError(f"not one sample came of {manifest}; {out / plan.REJECTED} says why:\n{reasons}")
-    pq.write_table(pa.Table.from_pylist([_row(row, table) for row in rows]), out / "index.parquet")
+    os.replace(unfinished, out / INDEX)
     statistics = histograms.summary()
     (out / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")
-    (out / "README.md").write_text(card.text(rows, statistics, facts["sources"], table, num_rejected=len(rejected)))
-    return card.table(rows, rejected, table)
+    (out / "README.md").write_text(card.text(counts, statistics, facts["sources"], table, labels))
+    return card.table(counts, table)
 
 
-def _row(row: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
-    per_row = {f"{key}_{m.name}": row[key].get(m.name) for key in ("dates", "hidden") for m in table}
-    return {key: value for key, value in row.items() if key not in ("dates", "hidden")} | per_row
+def _rejected(manifest: pathlib.Path, out: pathlib.Path, made: Sequence[Shard]) -> Iterator[dict[str, str]]:
+    """What came to nothing, as JSON has it: in the plan, then shard by shard."""
+    with (manifest / plan.REJECTED).open() as lines:
+        yield from map(json.loads, lines)
+    for shard in made:
+        yield from json.loads((out / PARTS / f"{shard.name}.json").read_text())["rejected"]
 
 
 def _digest(manifest: pathlib.Path) -> str:
     total = hashlib.sha256()
     for name in (plan.PLACES, plan.ACQUISITIONS, plan.LABELS, plan.SOURCES):
-        total.update((manifest / name).read_bytes())
+        with (manifest / name).open("rb") as file:  # the table of labels may be larger than the memory
+            while data := file.read(2**20):
+                total.update(data)
     return total.hexdigest()
 
 
