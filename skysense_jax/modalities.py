@@ -242,6 +242,22 @@ OSM = LabelMap(
 )
 
 
+def label_map(classes: Iterable[str] = (), prompts: Iterable[str] = ()) -> LabelMap:
+    """A label map of these classes, in the order of their ids; without any that of OpenStreetMap.
+
+    ``prompts``: what a text encoder reads for each; their names if none are given.
+
+    Raises:
+      ValueError: a name twice, or more than 255.
+    """
+    classes = tuple(classes)
+    if not classes:
+        return OSM
+    if len(set(classes)) != len(classes) or len(classes) > 255 or "" in classes:
+        raise ValueError(f"classes {classes}; wanted names, each once, 255 or fewer")
+    return LabelMap(OSM.name, OSM.pixels_per_cell, classes, tuple(prompts) or classes)
+
+
 def select(names: Iterable[str], new: Iterable[Mapping] = ()) -> tuple[Modality, ...]:
     """The rows called ``names``, in that order, from the table and from ``new`` rows (keyword arguments of Modality).
 

@@ -20,7 +20,7 @@ from etils import epath
 from skysense_jax import storage
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import engines, folder, places, plan
+from skysense_jax.ingest import engines, folder, osm, places, plan
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.engines import Engine
 from skysense_jax.ingest.folder import Made, Maker, Shard
@@ -47,15 +47,17 @@ class Builder(Maker):
         facts = json.loads((manifest / plan.SOURCES).read_text())
         self.rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
         self.sources = facts["sources"]
-        self.rejected = [Rejected(**json.loads(line)) for line in (manifest / plan.REJECTED).read_text().splitlines()]
+        self._refused = manifest / plan.REJECTED
         self._licences = {source["name"]: source["licence"] for source in self.sources}
-        coverages = [Coverage(c["source"], tuple(c["bounds"])) for c in facts["labels"]]
+        coverages = [Coverage.of(covered) for covered in facts["labels"]]
+        classes = osm.read_classes(facts.get("classes", ()))
+        self.labels = classes.map
         self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
         listed = places.read(manifest / plan.PLACES)
         self._places = {
             split: [place for place in listed if place.split == split] for split in (places.TRAIN, places.VALIDATION)
         }
-        self._labels = LabelMaps(manifest / plan.LABELS, coverages)
+        self._maps = LabelMaps(manifest / plan.LABELS, coverages, classes)
         self.shards = folder.shards({split: len(of) for split, of in self._places.items()}, size=places_per_shard)
 
     def _read_here(self, manifest: storage.Directory) -> pathlib.Path:
@@ -66,6 +68,10 @@ class Builder(Maker):
         for name in (*_MANIFEST, plan.REJECTED):
             (pathlib.Path(self._copy.name) / name).write_bytes((manifest / name).read_bytes())
         return pathlib.Path(self._copy.name)
+
+    def rejected(self) -> Iterator[Rejected]:
+        with self._refused.open() as lines:
+            yield from (Rejected(**json.loads(line)) for line in lines)
 
     def made(self, shard: Shard) -> Iterator[Made]:
         for place in self._places[shard.split][shard.start : shard.stop]:
@@ -91,13 +97,13 @@ class Builder(Maker):
             told = f"no date is left of {', '.join(missing) or 'any row'}"
             return None, [*rejected, Rejected("place", place.id, told)]
         sources = sorted({acquisition.source for name in series for acquisition in of_row[name]})
-        mapped = {source.partition("/")[0] for source in self._labels.covering(place.square)}
+        mapped = {source.partition("/")[0] for source in self._maps.covering(place.square)}
         longitude, latitude = place.square.centre()
         sample = Sample(
             id=place.id,
             extent_cells=place.cells,
             series=series,
-            labels=self._labels.draw(place.square),
+            labels=self._maps.draw(place.square),
             longitude=longitude,
             latitude=latitude,
             provenance=", ".join(sources),
@@ -131,7 +137,9 @@ def build(
 def _digest(manifest: epath.Path) -> str:
     total = hashlib.sha256()
     for name in _MANIFEST:
-        total.update((manifest / name).read_bytes())
+        with (manifest / name).open("rb") as file:  # the table of labels may be larger than the memory
+            while data := file.read(2**20):
+                total.update(data)
     return total.hexdigest()
 
 

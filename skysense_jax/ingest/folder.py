@@ -11,16 +11,17 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import os
 import pathlib
 import tempfile
+import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
 from skysense_jax import storage
@@ -32,9 +33,9 @@ from skysense_jax.ingest import index as index_lib
 from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.series import UNREACHABLE
-from skysense_jax.modalities import Modality
+from skysense_jax.modalities import OSM, LabelMap, Modality
 
-PARTS, FACTS, LOCK, REJECTED = "parts", "build.json", ".lock", "rejected.jsonl"
+PARTS, FACTS, LOCK, REJECTED, INDEX = "parts", "build.json", ".lock", "rejected.jsonl", "index.parquet"
 TRAIN = "train"  # the split whose numbers statistics.json has
 
 
@@ -82,13 +83,19 @@ class Maker(abc.ABC):
       rows: of the table, that samples may have.
       shards: all of them.
       sources: name, kind and licence of each.
-      rejected: what came to nothing before the first shard.
+      labels: the label map that samples may have.
+      columns: of the index, beyond those of every index: those of ``Made.facts``.
     """
 
     rows: Sequence[Modality]
     shards: Sequence[Shard]
     sources: Sequence[Mapping[str, str]]
-    rejected: Sequence[Rejected]
+    labels: LabelMap = OSM
+    columns: Mapping[str, pa.DataType] = types.MappingProxyType({})
+
+    def rejected(self) -> Iterator[Rejected]:
+        """What came to nothing before the first shard."""
+        return iter(())
 
     @abc.abstractmethod
     def made(self, shard: Shard) -> Iterator[Made]:
@@ -170,65 +177,76 @@ def _size(path: epath.Path) -> int:
     return path.stat().length if path.exists() else 0
 
 
-def whole(out: epath.Path, made: Sequence[Shard]) -> dict[str, dict[str, Any]]:
-    """What the shards that are whole came to, by name.
-
-    One is not whose file is gone, or is not that of its part: two workers had it at once, and a source answered one.
-    """
-    if storage.in_bucket(out):
-        storage.forget()
-    found = {}
-    for shard in made:
-        part = out / PARTS / f"{shard.name}.json"
-        if part.exists():
-            said = json.loads(part.read_text())
-            if said["bytes"] == _size(out / shard.file):
-                found[shard.name] = said
-    return found
-
-
 def to_make(out: epath.Path, made: Sequence[Shard]) -> list[Shard]:
     """The shards that are not whole, or something of which was out of reach."""
-    found = whole(out, made)
-    reached = {
-        name
-        for name, part in found.items()
-        if not any(entry["reason"].startswith(UNREACHABLE) for entry in part["rejected"])
-    }
-    return [shard for shard in made if shard.name not in reached]
+    if storage.in_bucket(out):
+        storage.forget()
+    return [shard for shard in made if not _is_done(out, shard)]
+
+
+def _is_done(out: epath.Path, shard: Shard) -> bool:
+    try:
+        part = _part(out, shard)
+    except OSError:
+        return False
+    return not any(entry["reason"].startswith(UNREACHABLE) for entry in part["rejected"])
+
+
+def _part(out: epath.Path, shard: Shard) -> dict[str, Any]:
+    """What a shard came to.
+
+    Raises:
+      OSError: it is not whole: not made, or its file is gone, or is not that of its part: two workers had it at once,
+        and a source answered one.
+    """
+    part = out / PARTS / f"{shard.name}.json"
+    said = json.loads(part.read_text()) if part.exists() else {}
+    if said.get("bytes") != _size(out / shard.file):
+        raise OSError(f"{out / shard.file} is not whole")
+    return said
 
 
 def finish(maker: Maker, out: epath.Path) -> str:
-    """What was made, as a table; writes index, statistics, rows, rejects and card from the parts.
+    """What was made, as a table; writes index, statistics, rows, rejects and card, a shard's part after the other.
 
     Raises:
       ValueError: not one sample was made.
       OSError: a shard is not whole.
     """
-    parts, rejected = whole(out, maker.shards), list(maker.rejected)
-    rows, histograms = [], Histograms(maker.rows)
-    for shard in maker.shards:
-        if shard.name not in parts:
-            raise OSError(f"{out / shard.file} is not whole")
-        rows += parts[shard.name]["samples"]
-        rejected += [Rejected(**entry) for entry in parts[shard.name]["rejected"]]
-        if shard.split == TRAIN:
-            histograms.merge(load(io.BytesIO((out / PARTS / f"{shard.name}.npz").read_bytes())))
-    lines = "".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in rejected)
-    put(out / REJECTED, lambda file: file.write_text(lines))
-    if not rows:
-        reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
-        raise ValueError(f"not one sample was made; {out / REJECTED} says why:\n{reasons}")
-    names = {name for row in rows for name in row["dates"]}
-    seen = [row for row in maker.rows if row.name in names]
-    statistics = histograms.summary()
-    index = pa.Table.from_pylist([index_lib.row(row, maker.rows) for row in rows])
-    told = card.text(rows, statistics, maker.sources, maker.rows, num_rejected=len(rejected))
-    put(out / "index.parquet", lambda file: pq.write_table(index, file))
+    counts, histograms = card.Counts(), Histograms(maker.rows)
+
+    def rejected() -> Iterator[dict[str, str]]:
+        yield from map(dataclasses.asdict, maker.rejected())
+        for shard in maker.shards:
+            yield from _part(out, shard)["rejected"]
+
+    def write_rejected(path: pathlib.Path) -> None:
+        with path.open("w") as file:
+            for entry in rejected():
+                file.write(json.dumps(entry) + "\n")
+                counts.rejected[entry["what"]] += 1
+
+    def write_index(path: pathlib.Path) -> None:
+        with index_lib.IndexWriter(path, maker.rows, maker.columns) as index:
+            for shard in maker.shards:
+                samples = _part(out, shard)["samples"]
+                index.add(samples)
+                for sample in samples:
+                    counts.add(sample)
+                if shard.split == TRAIN:
+                    histograms.merge(load(io.BytesIO((out / PARTS / f"{shard.name}.npz").read_bytes())))
+        if not counts.samples:
+            reasons = "\n".join(f"  {e['name']}: {e['reason']}" for e in itertools.islice(rejected(), 20))
+            raise ValueError(f"not one sample was made; {out / REJECTED} says why:\n{reasons}")
+
+    put(out / REJECTED, write_rejected)
+    put(out / INDEX, write_index)
+    seen, statistics = [row for row in maker.rows if counts.having[row.name]], histograms.summary()
+    told = card.text(counts, statistics, maker.sources, maker.rows, maker.labels)
     put(out / "statistics.json", lambda file: file.write_text(json.dumps(statistics, indent=1) + "\n"))
     put(out / index_lib.ROWS, lambda file: index_lib.write_rows(seen, file))
     put(out / "README.md", lambda file: file.write_text(told))
-    return card.table(rows, rejected, maker.rows)
+    return card.table(counts, maker.rows)
 
 
 @contextlib.contextmanager

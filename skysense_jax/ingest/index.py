@@ -1,5 +1,7 @@
 """What a dataset says of itself: the rows of the modality table that its samples are of, and a row for each sample.
 
+The index is written with no more than one of its row groups in memory.
+
 Next: figures.py (of a sample's pixels), dataset.py (who reads it).
 """
 
@@ -10,11 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from skysense_jax.data.sample import UNDATED, Sample
 from skysense_jax.modalities import MODALITIES, OSM, Modality
 
 ROWS = "modalities.json"
+_ROW_GROUP = 2**16  # samples, some 20 MB of them
+_COLUMNS = {
+    **dict(id=pa.string(), split=pa.string(), shard=pa.string(), record=pa.int64()),
+    **dict(longitude=pa.float64(), latitude=pa.float64(), first_day=pa.int64(), last_day=pa.int64()),
+    **dict(classes=pa.list_(pa.int64()), licence=pa.string()),
+}
+_PER_ROW = dict(dates=pa.int64(), hidden=pa.float64())  # a column for each row of the modality table
 
 
 def write_rows(rows: Sequence[Modality], path: pathlib.Path) -> None:
@@ -52,5 +63,40 @@ def facts(sample: Sample, *, split: str, shard: str, record: int) -> dict[str, A
 
 def row(found: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
     """``facts`` as a row of the index: dates and hidden shares in a column for each row of the modality table."""
-    per_row = {f"{key}_{m.name}": found[key].get(m.name) for key in ("dates", "hidden") for m in table}
-    return {key: value for key, value in found.items() if key not in ("dates", "hidden")} | per_row
+    per_row = {f"{key}_{m.name}": found[key].get(m.name) for key in _PER_ROW for m in table}
+    return {key: value for key, value in found.items() if key not in _PER_ROW} | per_row
+
+
+class IndexWriter:
+    """Writes an index, a row a sample; a context manager that ends the file.
+
+    Args:
+      path: of the file.
+      table: rows of the modality table that samples may have.
+      columns: beyond those that every index has.
+    """
+
+    def __init__(self, path: pathlib.Path, table: Sequence[Modality], columns: Mapping[str, pa.DataType] | None = None):
+        self._table, self._waiting = table, []
+        per_row = {f"{key}_{m.name}": kind for key, kind in _PER_ROW.items() for m in table}
+        self._file = pq.ParquetWriter(path, pa.schema(_COLUMNS | dict(columns or {}) | per_row))
+
+    def add(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Takes ``facts`` of samples."""
+        if samples:
+            rows = [row(sample, self._table) for sample in samples]
+            self._waiting.append(pa.Table.from_pylist(rows, self._file.schema))
+        if sum(map(len, self._waiting)) >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write_table(pa.concat_tables(self._waiting).combine_chunks())
+        self._waiting = []
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self._file:
+            if self._waiting and kind is None:
+                self._flush()

@@ -1,5 +1,7 @@
 """OpenStreetMap geometries with their tags as the label map: which tags are which class, and who covers whom.
 
+Tags and classes can be replaced by a user's own (``read_table``, ``read_classes``).
+
 Areas are filled, lines are widened to the usual width of what they stand for; points have no extent and are left out.
 Pixels that nothing covers stay 0, "nothing mapped": that a map is empty there says nothing about the ground.
 """
@@ -8,7 +10,7 @@ import csv
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from jaxtyping import UInt8
 from rasterio.crs import CRS
 
 from skysense_jax.ingest.rasters import Refused, Square
-from skysense_jax.modalities import OSM
+from skysense_jax.modalities import OSM, LabelMap, label_map
 
 Table = tuple[tuple[str, frozenset[str] | None, str], ...]
 # (tag, its values or None for any, class). The first row that fits is an object's class; later rows do not count.
@@ -67,19 +69,62 @@ assert set(_ORDER) == set(OSM.classes)
 _LINE_WIDTH_M = {"road": 7.0, "railway": 4.0, "water": 5.0}  # of lines without a "width" tag
 
 
-def read_table(path: pathlib.Path) -> Table:
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What a label map can show.
+
+    Attributes:
+      map: names in the order of their ids, and what a text encoder reads for each.
+      order: names from the ground up: what stands on the ground comes after it.
+      line_width_m: of lines without a tag "width"; lines of a class that is not here cover nothing.
+    """
+
+    map: LabelMap
+    order: tuple[str, ...]
+    line_width_m: Mapping[str, float]
+
+
+CLASSES = Classes(OSM, _ORDER, _LINE_WIDTH_M)
+_FIELDS = {"name": str, "text": str, "width_m": (int, float)}
+
+
+def read_classes(entries: Sequence[Mapping[str, Any]]) -> Classes:
+    """A user's own classes, from the ground up: name, text (else the name) and perhaps width_m of each; none: ours.
+
+    Raises:
+      ValueError: another field or type, a name twice, or too many for a label map of bytes.
+    """
+    if not entries:
+        return CLASSES
+    for number, entry in enumerate(entries, 1):
+        where = f"[[class]] {entry.get('name', number)!r}"
+        for field, value in entry.items():
+            if field not in _FIELDS or not isinstance(value, _FIELDS[field]):
+                raise ValueError(f"{where}: {field} = {value!r}; wanted name and text, texts, and width_m, metres")
+        if not entry.get("name") or not entry.get("width_m", 1.0) > 0:
+            raise ValueError(f"{where}: {dict(entry)}; wanted a name, and width_m above 0 or left out")
+    names = tuple(entry["name"] for entry in entries)
+    texts = tuple(entry.get("text", entry["name"]) for entry in entries)
+    try:
+        found = label_map(names, texts)
+    except ValueError as error:
+        raise ValueError(f"[[class]]: {error}") from error
+    return Classes(found, names, {e["name"]: float(e["width_m"]) for e in entries if "width_m" in e})
+
+
+def read_table(path: pathlib.Path, classes: Classes = CLASSES) -> Table:
     """A user's own ``TAGS``: a CSV with the columns tag, values (apart by spaces, empty for any) and class.
 
     Raises:
-      ValueError: another header, or a class that the label map does not know.
+      ValueError: another header, or a class that is none of ``classes``.
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or set(rows[0]) != {"tag", "values", "class"}:
         raise ValueError(f"{path}: columns {sorted(rows[0]) if rows else 'none'}; wanted tag, values and class")
     for number, row in enumerate(rows, 2):
-        if row["class"] not in OSM.classes:
-            raise ValueError(f"{path}, line {number}: class {row['class']!r}; wanted one of {OSM.classes}")
+        if row["class"] not in classes.map.classes:
+            raise ValueError(f"{path}, line {number}: class {row['class']!r}; wanted one of {classes.map.classes}")
     return tuple((row["tag"], frozenset(row["values"].split()) or None, row["class"]) for row in rows)
 
 
@@ -96,12 +141,12 @@ def rules_of(tags: Mapping[str, Any], table: Table = TAGS) -> Iterator[tuple[str
             yield key, name
 
 
-def width_of(tags: Mapping[str, Any], name: str) -> float | None:
+def width_of(tags: Mapping[str, Any], name: str, classes: Classes = CLASSES) -> float | None:
     """Metres that a line of this class is wide, by its tag "width" or as usual; None: such lines have no width."""
-    if name not in _LINE_WIDTH_M:
+    if name not in classes.line_width_m:
         return None
     stated = re.fullmatch(r"(\d+(?:\.\d+)?) ?m?", str(tags.get("width") or "").strip())
-    return float(stated[1]) if stated else _LINE_WIDTH_M[name]
+    return float(stated[1]) if stated else classes.line_width_m[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +174,11 @@ def rasterise(
     return draw(found, square, crs=crs)
 
 
-def draw(features: Iterable[Feature], square: Square, *, crs: CRS) -> UInt8[np.ndarray, "H W"]:
+def draw(
+    features: Iterable[Feature], square: Square, *, crs: CRS, classes: Classes = CLASSES
+) -> UInt8[np.ndarray, "H W"]:
     """The label map of ``square``: class id of the topmost object over each pixel's centre, 0 where there is none."""
-    layers: dict[str, list] = {name: [] for name in _ORDER}
+    layers: dict[str, list] = {name: [] for name in classes.order}
     for feature in features:
         geometry = shapely.geometry.mapping(feature.geometry)
         area = _area(shapely.geometry.shape(rasterio.warp.transform_geom(crs, square.crs, geometry)), feature.width_m)
@@ -140,9 +187,9 @@ def draw(features: Iterable[Feature], square: Square, *, crs: CRS) -> UInt8[np.n
     side = square.cells * OSM.pixels_per_cell
     labels = np.zeros((side, side), np.uint8)
     transform = square.transform(OSM.pixels_per_cell)
-    for name in _ORDER:
+    for name in classes.order:
         if layers[name]:
-            shapes = [(area, OSM.classes.index(name) + 1) for area in layers[name]]
+            shapes = [(area, classes.map.classes.index(name) + 1) for area in layers[name]]
             rasterio.features.rasterize(shapes, out=labels, transform=transform)
     return labels
 

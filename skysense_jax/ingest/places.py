@@ -120,7 +120,7 @@ def seen_by(places: Sequence[Place], acquisitions: Sequence[Acquisition]) -> lis
     found = []
     for place in places:
         meeting = set()
-        for box in boxes_of(rasterio.warp.transform_bounds(place.square.crs, _LON_LAT, *place.square.bounds)):
+        for box in boxes_of(place.square.degrees()):
             meeting |= {rows[i] for i in tree.query(box, predicate="intersects")}
         if meeting:
             found.append(dataclasses.replace(place, acquisitions=tuple(sorted(meeting))))

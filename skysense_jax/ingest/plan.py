@@ -12,17 +12,17 @@ import os
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import rasterio
 import rasterio.warp
 import shapely
-import shapely.geometry
 
 from skysense_jax.data.checks import MAX_EXTENT_CELLS
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import labels, osm, places, sources
+from skysense_jax.ingest import ground, labels, places, sources
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.rasters import Refused
@@ -71,17 +71,15 @@ def plan(
     """
     if out.exists():
         raise ValueError(f"--out: {out} exists; wanted a new folder")
+    maps = [source for source in listed.sources if source.kind == sources.LABELS]
+    legends = {source.name: sources.legend_of(source, listed) for source in maps}
     found: list[Acquisition] = []
     rejected: list[Rejected] = []
-    mapped: list[tuple[str, list[osm.Feature]]] = []
-    coverages: list[labels.Coverage] = []
     for source in listed.sources:
-        if source.kind == sources.LABELS:
-            _read_labels(source, mapped, coverages, rejected)
-            continue
-        of_source, refused = sources.find(source, listed.rows)
-        found += of_source
-        rejected += refused
+        if source.kind != sources.LABELS:
+            of_source, refused = sources.find(source, listed.rows)
+            found += of_source
+            rejected += refused
     chosen = _choose(found, area, choice)
     used = {row for place in chosen for row in place.acquisitions}
     names = Counter(found[row].source for row in used)
@@ -96,13 +94,16 @@ def plan(
     try:
         acquisitions_lib.write(found, unfinished / ACQUISITIONS)
         places.write(chosen, unfinished / PLACES)
-        labels.write(mapped, unfinished / LABELS)
+        coverages, refused = _write_labels(maps, legends, chosen, unfinished / LABELS)
+        rejected += refused
         facts = {
             "sources": [dict(name=s.name, kind=s.kind, licence=s.licence) for s in listed.sources],
             "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
-            "labels": [dataclasses.asdict(coverage) for coverage in coverages],
+            "labels": [coverage.facts() for coverage in coverages],
             "choice": {"cells": choice.cells, "require": list(choice.require), "seed": choice.seed},
         }
+        if listed.classes:
+            facts["classes"] = list(listed.classes)
         (unfinished / SOURCES).write_text(json.dumps(facts, indent=1) + "\n")
         write_rejected(rejected, unfinished / REJECTED)
         os.replace(unfinished, out)
@@ -116,23 +117,47 @@ def write_rejected(rejected: Sequence[Rejected], path: pathlib.Path) -> None:
     path.write_text("".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in rejected))
 
 
+def _write_labels(
+    maps: Sequence[sources.Source],
+    legends: Mapping[str, sources.Legend],
+    chosen: Sequence[Place],
+    path: pathlib.Path,
+) -> tuple[list[labels.Coverage], list[Rejected]]:
+    """Writes the table of the objects near the places; returns the ground that it covers, and what came to nothing."""
+    boxes = [box.bounds for place in chosen for box in places.boxes_of(place.square.degrees())]
+    writer = labels.Writer(path, near=labels.Near(np.array(boxes)))
+    coverages, rejected = [], []
+    for source in maps:
+        covered, refused = _read_labels(source, legends[source.name], writer)
+        coverages += covered
+        rejected += refused
+    writer.close([coverage.source for coverage in coverages])
+    return coverages, rejected
+
+
 def _read_labels(
-    source: sources.Source,
-    mapped: list[tuple[str, list[osm.Feature]]],
-    coverages: list[labels.Coverage],
-    rejected: list[Rejected],
-) -> None:
-    table = osm.read_table(source.root / source.options["tags"]) if "tags" in source.options else osm.TAGS
+    source: sources.Source, legend: sources.Legend, writer: labels.Writer
+) -> tuple[list[labels.Coverage], list[Rejected]]:
+    """What a source covers: each of its files its own ground, or all of them together what "coverage" says."""
+    coverages, rejected, num_refused, polygons = [], [], 0, legend.ground
     for path in source.files:
         name = f"{source.name}/{path.relative_to(source.root).as_posix()}"
+        covering = name if polygons is None else source.name
         try:
-            features, bounds, lost = labels.read_file(path, table=table)
-        except (Refused, OSError) as error:
+            bounds, lost = labels.read_file(path, writer, source=covering, table=legend.table, classes=legend.classes)
+        except Refused as error:
             rejected.append(Rejected("file", name, str(error)))
+            num_refused += 1
             continue
         rejected += [Rejected("file", name, reason) for reason in lost]
-        mapped.append((name, features))
-        coverages.append(labels.Coverage(name, bounds))
+        if polygons is None:
+            coverages.append(labels.Coverage(name, bounds))
+    if polygons is None:
+        return coverages, rejected
+    if num_refused:  # what the file has is missing somewhere on the source's ground
+        told = f"{num_refused} of its {len(source.files)} files cannot be read: it covers nothing"
+        return [], [*rejected, Rejected("source", source.name, told)]
+    return [labels.Coverage(source.name, polygons.bounds, polygons.wkt)], rejected
 
 
 def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice: Choice) -> list[Place]:
@@ -173,27 +198,26 @@ def _table(listed, found, used, chosen, rejected) -> str:
 
 
 def read_area(text: str, *, flag: str = "--area") -> shapely.Geometry:
-    """An area that ``flag`` gives: "west,south,east,north" in degrees, or a GeoJSON file.
+    """An area that ``flag`` gives: "west,south,east,north" in degrees, or a file as of ``ground.read_ground``.
 
     Raises:
       ValueError: neither, or no place on Earth.
     """
     path = pathlib.Path(text)
     if path.exists():
-        content = json.loads(path.read_text())
-        features = content.get("features", [content])
-        geometries = [shapely.geometry.shape(feature.get("geometry", feature)) for feature in features]
-        area = shapely.union_all(geometries)
-        west, south, east, north = area.bounds
-    else:
         try:
-            west, south, east, north = (float(edge) for edge in text.split(","))
+            return ground.read_ground(path)
         except ValueError as error:
-            raise ValueError(f"{flag}: got {text!r}; wanted west,south,east,north or a GeoJSON file") from error
-        area = shapely.box(west, south, east, north)
+            raise ValueError(f"{flag}: got {error}") from error
+    try:
+        west, south, east, north = (float(edge) for edge in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"{flag}: got {text!r}; wanted west,south,east,north or a file of GeoJSON, WKT or .poly"
+        ) from error
     if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
         raise ValueError(f"{flag}: got {text!r}; wanted degrees, west before east, south before north")
-    return area
+    return shapely.box(west, south, east, north)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -201,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Places that become samples, from a list of sources.")
     parser.add_argument("--sources", type=pathlib.Path, required=True, help="TOML, see ingest/sources.py")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the manifest")
-    parser.add_argument("--area", help="west,south,east,north in degrees, or a GeoJSON file; without: all imagery")
-    parser.add_argument("--land", help="GeoJSON of land; places elsewhere are left out")
+    parser.add_argument("--area", help="west,south,east,north in degrees, or GeoJSON, WKT or .poly; without: all")
+    parser.add_argument("--land", help="GeoJSON, WKT or .poly of land; places elsewhere are left out")
     parser.add_argument("--land_cover", type=pathlib.Path, help="raster of classes to balance places by")
     parser.add_argument("--per_class", type=int, default=Choice.per_class, help="places of each class of it at most")
     parser.add_argument("--cells", type=int, default=64, help="side of a place in cells of 10 m")

@@ -81,6 +81,10 @@ class Square:
         side = self.cells * METRES_PER_CELL
         return self.west, self.north - side, self.west + side, self.north
 
+    def degrees(self) -> tuple[float, float, float, float]:
+        """(west, south, east, north) of a box around it, degrees."""
+        return rasterio.warp.transform_bounds(self.crs, CRS.from_epsg(4326), *self.bounds)
+
     def centre(self) -> tuple[float, float]:
         """(longitude, latitude), degrees."""
         west, south, east, north = self.bounds

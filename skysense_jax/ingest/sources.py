@@ -10,6 +10,9 @@
     [[modality]]               # a row that the table lacks, with the arguments of modalities.Modality
     name = "pan"
 
+    [[class]]                  # the label map's own classes, if any is listed: see osm.read_classes
+    name = "greenhouse"
+
 A file that comes to nothing is named with its reason, and the others go on. Next: acquisitions.py, plan.py.
 """
 
@@ -22,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rasterio.errors
+import shapely
 
-from skysense_jax.ingest import geotiffs, safe, stac
+from skysense_jax.ingest import geotiffs, ground, osm, safe, stac
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
@@ -58,7 +62,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "s2_geotiff": dict(offset=int, bands=list, day_pattern=str),
     "s1": dict(unit=str, orbit=str, day_pattern=str),
     "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str),
-    LABELS: dict(tags=str),
+    LABELS: dict(tags=str, coverage=str),
 }
 _NEEDED = (
     ("stac", "modality", "s2 or s1"),
@@ -78,10 +82,11 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class SourceList:
-    """The sources, and the rows of the table with the list's own."""
+    """The sources, the rows of the table with the list's own, and the list's own classes of the label map."""
 
     sources: tuple[Source, ...]
     rows: tuple[Modality, ...]
+    classes: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_list(path: pathlib.Path) -> SourceList:
@@ -102,11 +107,43 @@ def read_list(path: pathlib.Path) -> SourceList:
         rows = rows_with(content.get("modality", []))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"--sources: {path}, [[modality]]: {error}") from error
+    classes = tuple(content.get("class", ()))
+    try:
+        osm.read_classes(classes)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"--sources: {path}: {error}") from error
     sources = tuple(_source(entry, path) for entry in entries)
     twice = {source.name for source in sources if sum(other.name == source.name for other in sources) > 1}
     if twice:
         raise ValueError(f"--sources: {path}: name = {sorted(twice)} more than once")
-    return SourceList(sources, rows)
+    return SourceList(sources, rows, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Legend:
+    """How a source of label maps is read: tags, classes, and the ground that it covers (None: each file its own)."""
+
+    table: osm.Table
+    classes: osm.Classes
+    ground: shapely.Geometry | None
+
+
+def legend_of(source: Source, listed: SourceList) -> Legend:
+    """That of a source of the list, from the files that its entry names.
+
+    Raises:
+      ValueError: a file is none, or its tags are of other classes than the list's.
+      OSError: it cannot be read.
+    """
+    where, classes = f"--sources: source {source.name!r}", osm.read_classes(listed.classes)
+    if listed.classes and "tags" not in source.options:
+        raise ValueError(f"{where}: tags is missing: the list has classes of its own")
+    try:
+        table = osm.read_table(source.root / source.options["tags"], classes) if "tags" in source.options else osm.TAGS
+        area = ground.read_ground(source.root / source.options["coverage"]) if "coverage" in source.options else None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Legend(table, classes, area)
 
 
 def rows_with(new: Sequence[Mapping[str, Any]]) -> tuple[Modality, ...]:
