@@ -34,7 +34,6 @@ from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.series import UNREACHABLE, read_series
 from skysense_jax.ingest.sources import rows_with
-from skysense_jax.modalities import OSM
 
 PARTS, FACTS, LOCK, INDEX = "parts", "build.json", ".lock", "index.parquet"
 
@@ -105,11 +104,12 @@ class Builder:
             if sample is None:
                 continue
             try:
-                payloads.append(encode_sample(sample, self._rows))
+                payloads.append(encode_sample(sample, self._rows, labels=self._classes.map))
             except RecordError as error:
                 rejected.append(Rejected("place", place.id, str(error)))
                 continue
-            samples.append(_facts(sample, place, shard, record=len(payloads) - 1))
+            num_classes = self._classes.map.num_classes
+            samples.append(_facts(sample, place, shard, record=len(payloads) - 1, num_classes=num_classes))
             for name, series in sample.series.items():
                 histograms.add(name, series.images, series.valid)
         path = self._out / f"{shard.name}.array_record"
@@ -161,10 +161,10 @@ class Builder:
         return sample, rejected
 
 
-def _facts(sample: Sample, place: Place, shard: Shard, *, record: int) -> dict[str, Any]:
+def _facts(sample: Sample, place: Place, shard: Shard, *, record: int, num_classes: int) -> dict[str, Any]:
     """What the index says of a sample."""
     dated = [day for series in sample.series.values() for day in series.days.tolist() if day != UNDATED]
-    mapped = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1) if sample.labels is not None else None
+    mapped = np.bincount(sample.labels.ravel(), minlength=num_classes + 1) if sample.labels is not None else None
     return dict(
         id=sample.id,
         split=place.split,
