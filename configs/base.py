@@ -80,6 +80,9 @@ def _parts() -> dict:
 def _data() -> dict:
     return dict(
         modalities=("hr", "s2", "s1"),  # rows of skysense_jax/modalities.py
+        # Names of the label map's classes in the order of their ids, of records made with classes of their own, as
+        # objective.text_table has them; (): those of skysense_jax/modalities.py.
+        label_classes=(),
         new_modalities=(),  # further rows, each a dict of modalities.Modality's arguments; each needs a num_dates
         sources=(("scenes", 1.0),),  # (glob of .array_record files, also gs://, or "scenes"; share of the mix)
         batch_size=1024,  # samples a step, over all devices [P]

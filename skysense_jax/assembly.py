@@ -29,6 +29,7 @@ class Run:
 
     Attributes:
       modalities: rows in the config's order.
+      labels: the label map that records have.
       network: of student and teacher alike.
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
@@ -37,6 +38,7 @@ class Run:
     """
 
     modalities: tuple[modalities.Modality, ...]
+    labels: modalities.LabelMap
     network: skysense.SkySense
     optimizer: Any
     schedules: train_step.Schedules
@@ -88,6 +90,7 @@ def assemble(
     ``attention``, ``window_attention``: of the network, instead of what ``efficiency`` says; for comparisons.
     """
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
+    labels = modalities.label_map(config.data.label_classes)
     kernels = {"attention": attention, "window_attention": window_attention}
     kernels = efficiency(config, platform) | {name: kernel for name, kernel in kernels.items() if kernel}
     network = skysense.build(rows, **config.model, **kernels)
@@ -110,7 +113,7 @@ def assemble(
     )
     text_table = None
     if objective.weights.text_alignment > 0:
-        text_table = load_text_table(config_lib.resolve_path(objective.text_table), modalities.OSM.classes)
+        text_table = load_text_table(config_lib.resolve_path(objective.text_table), labels.classes)
     sides = train_step.Sides(
         network,
         rows,
@@ -128,7 +131,7 @@ def assemble(
         microbatches=config.parts.microbatches,
     )
     step = train_step.make_train_step(sides, optimizer)
-    return Run(rows, network, optimizer, schedules, step, functools.partial(norms.gradient_norms, sides))
+    return Run(rows, labels, network, optimizer, schedules, step, functools.partial(norms.gradient_norms, sides))
 
 
 def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:
@@ -149,4 +152,5 @@ def batch_flops(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> fl
 
 def batch_shapes(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> Batch:
     """A global batch of the run as shapes and dtypes; ``rows`` are its modalities."""
-    return dry_run.batch_shapes(rows, **{key: config.data[key] for key in ("batch_size", "num_dates", "views")})
+    fields = ("batch_size", "num_dates", "views", "label_classes")
+    return dry_run.batch_shapes(rows, **{key: config.data[key] for key in fields})

@@ -125,6 +125,7 @@ _RULES: Mapping[str, _Rule] = {
     "parts.*": _whole(1),
     "data.modalities": _NAMES,
     "data.new_modalities": _ROWS,
+    "data.label_classes": _Rule(lambda value: isinstance(value, tuple | list), "a tuple of names, or ()"),
     "data.sources": _SOURCES,
     "data.batch_size": _whole(1),
     "data.seed": _whole(0),
@@ -302,7 +303,14 @@ def _data_problems(config: ConfigDict) -> Iterator[str]:
     for name in data.num_dates:
         if name not in known:
             yield f"config.data.num_dates.{name}: no such modality; wanted one of {sorted(known)}"
+    try:
+        modalities.label_map(data.label_classes)
+    except ValueError as error:
+        yield f"config.data.label_classes: got {error}"
     if any(name == "scenes" for name, _ in data.sources):
+        if data.label_classes:
+            told = "with scenes among config.data.sources; wanted (), the classes of scenes"
+            yield f"config.data.label_classes: got {tuple(data.label_classes)} {told}"
         first, held_out = data.scenes.first_index, config.eval.first_index
         end = first + data.scenes.num_scenes
         held_out_end = held_out + config.eval.num_train_scenes + config.eval.num_test_scenes
@@ -369,9 +377,8 @@ def _objective_problems(config: ConfigDict) -> Iterator[str]:
         yield f"config.objective.mgcl: got 0 for {', '.join(granularities)}; wanted one above 0, or weights.mgcl = 0"
     if weights.text_alignment:
         try:
-            text.load_text_table(
-                resolve_path(objective.text_table), modalities.OSM.classes, text_dim=config.model.text_dim
-            )
+            classes = tuple(config.data.label_classes) or modalities.OSM.classes
+            text.load_text_table(resolve_path(objective.text_table), classes, text_dim=config.model.text_dim)
         except ValueError as error:
             yield f"{error} (config.objective.weights.text_alignment = 0 needs no table)"
 

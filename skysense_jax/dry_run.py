@@ -13,13 +13,19 @@ import numpy as np
 
 from skysense_jax import cost
 from skysense_jax.batch import Batch, Views
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import OSM, Modality, label_map
 
 
 def batch_shapes(
-    modalities: Sequence[Modality], *, batch_size: int, num_dates: Mapping[str, int], views: Mapping[str, Any]
+    modalities: Sequence[Modality],
+    *,
+    batch_size: int,
+    num_dates: Mapping[str, int],
+    views: Mapping[str, Any],
+    label_classes: Sequence[str] = (),
 ) -> Batch:
     """A global batch as shapes and dtypes."""
+    num_classes = label_map(label_classes).num_classes
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct((batch_size, *sizes), dtype)  # noqa: E731
 
     def of_views(count: int, cells: int) -> Views:
@@ -37,7 +43,7 @@ def batch_shapes(
             images=per_modality(image),
             token_valid=per_modality(token),
             cell_usable=per_modality(lambda _, dates: shape(np.bool_, count, dates, cells, cells)),
-            labels=shape(np.float16, count, cells, cells, OSM.num_classes),
+            labels=shape(np.float16, count, cells, cells, num_classes),
             affine=shape(np.float32, count, 2, 3),
         )
 

@@ -253,7 +253,11 @@ def label_map(classes: Iterable[str] = (), prompts: Iterable[str] = ()) -> Label
     classes = tuple(classes)
     if not classes:
         return OSM
-    if len(set(classes)) != len(classes) or len(classes) > 255 or "" in classes:
+    if (
+        not all(name and isinstance(name, str) for name in classes)
+        or len(set(classes)) < len(classes)
+        or len(classes) > 255
+    ):
         raise ValueError(f"classes {classes}; wanted names, each once, 255 or fewer")
     return LabelMap(OSM.name, OSM.pixels_per_cell, classes, tuple(prompts) or classes)
 

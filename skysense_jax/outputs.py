@@ -46,6 +46,7 @@ class Outputs:
             samples=self._pictured(),
             batch=Batch.from_dict(element),
             metrics_path=self._directory / metrics.FILE_NAME,
+            classes=self._run.labels.classes,
             **_encoding(self._config),
         )
         for path in paths:

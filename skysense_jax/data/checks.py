@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from skysense_jax.data.sample import ORBITS, UNDATED, Sample
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import OSM, LabelMap, Modality
 
 MAX_EXTENT_CELLS = 256
 MAX_DATES = 4096
@@ -24,8 +24,8 @@ class RecordError(ValueError):
     """A sample or record that cannot be used, with the reason."""
 
 
-def validate_sample(sample: Sample, modalities: Sequence[Modality]) -> None:
-    """Nothing; returns only if the sample is what its modalities' rows promise.
+def validate_sample(sample: Sample, modalities: Sequence[Modality], labels: LabelMap = OSM) -> None:
+    """Nothing; returns only if the sample is what its modalities' rows, and its label map's classes, promise.
 
     Raises:
       RecordError: with what was got, what was wanted, and where.
@@ -47,7 +47,7 @@ def validate_sample(sample: Sample, modalities: Sequence[Modality]) -> None:
     if not any(series.valid.any() for series in sample.series.values()):
         raise RecordError(f"{where}: no modality has a valid pixel (modalities: {sorted(sample.series)})")
     if sample.labels is not None:
-        _check_labels(sample.labels, sample.extent_cells, where)
+        _check_labels(sample.labels, sample.extent_cells, labels, where)
 
 
 def check_range(
@@ -149,17 +149,17 @@ def _check_values(series, modality: Modality, where: str) -> None:
     check_range(images, series.valid, modality, where, series.days)
 
 
-def _check_labels(labels: np.ndarray, extent_cells: int, where: str) -> None:
-    size = extent_cells * OSM.pixels_per_cell
+def _check_labels(labels: np.ndarray, extent_cells: int, known: LabelMap, where: str) -> None:
+    size = extent_cells * known.pixels_per_cell
     if labels.shape != (size, size) or labels.dtype != np.uint8:
         raise RecordError(
             f"{where}: labels are {labels.dtype} of shape {labels.shape}; wanted uint8 of shape ({size}, {size}) "
-            f"({OSM.pixels_per_cell} pixels per cell)"
+            f"({known.pixels_per_cell} pixels per cell)"
         )
-    if labels.max(initial=0) > OSM.num_classes:
+    if labels.max(initial=0) > known.num_classes:
         raise RecordError(
-            f"{where}: label id {labels.max()}; wanted 0 (nothing mapped) to {OSM.num_classes} "
-            f"({', '.join(OSM.classes)})"
+            f"{where}: label id {labels.max()}; wanted 0 (nothing mapped) to {known.num_classes} "
+            f"({', '.join(known.classes)})"
         )
 
 

@@ -25,7 +25,7 @@ from skysense_jax.data.sample import SampleReader
 from skysense_jax.data.scenes import MODALITIES as SCENE_MODALITIES
 from skysense_jax.data.scenes import SceneSource
 from skysense_jax.data.views import MultiView
-from skysense_jax.modalities import Modality, select
+from skysense_jax.modalities import OSM, LabelMap, Modality, label_map, select
 
 SCENES = "scenes"  # the name of the procedural source
 _LOOKED_AT = 4  # records of each source that are read whole before a run
@@ -45,6 +45,7 @@ class Mix:
       sources: (glob of .array_record files or "scenes", share of the mix) pairs.
       modalities: what the run uses.
       scenes: arguments of ``SceneSource``, read only if "scenes" is among the sources.
+      labels: the label map of records.
 
     Raises:
       ValueError: an empty dataset, or scenes without a modality they have.
@@ -56,6 +57,7 @@ class Mix:
         sources: Sequence[Sequence],
         modalities: Sequence[Modality],
         scenes: Mapping[str, int],
+        labels: LabelMap = OSM,
     ):
         assert sources, "told by config_checks.py"
         self.names = tuple(name for name, _ in sources)
@@ -67,7 +69,7 @@ class Mix:
                 f"wanted one or more of {SCENE_MODALITIES} among these, or records instead"
             )
         self._readers = [
-            SceneSource(**scenes, modalities=rendered) if name == SCENES else RecordSource(name, modalities)
+            SceneSource(**scenes, modalities=rendered) if name == SCENES else RecordSource(name, modalities, labels)
             for name in self.names
         ]
         self.ends = np.cumsum([len(reader) for reader in self._readers])
@@ -368,6 +370,7 @@ def make_pipeline(
     day_jitter: int,
     views: Mapping[str, Any],
     scenes: Mapping[str, int],
+    label_classes: Sequence[str] = (),
     input_threads: int,
     input_workers: int,
     places: Sequence[int] | None = None,
@@ -380,10 +383,11 @@ def make_pipeline(
       ValueError: an empty dataset, or a field that makes no sense; named in the message.
     """
     del photometric_strength  # read inside jit
-    rows = select(modalities, new_modalities)
+    rows, labels = select(modalities, new_modalities), label_map(label_classes)
+    dates = dict(num_dates=dict(num_dates), day_jitter=day_jitter)
     return Pipeline(
-        mix=Mix(sources=sources, modalities=rows, scenes=dict(scenes)),
-        multi_view=MultiView(modalities=rows, num_dates=dict(num_dates), day_jitter=day_jitter, **views),
+        mix=Mix(sources=sources, modalities=rows, scenes=dict(scenes), labels=labels),
+        multi_view=MultiView(modalities=rows, **dates, num_classes=labels.num_classes, **views),
         batch_size=batch_size,
         seed=seed,
         num_threads=input_threads,

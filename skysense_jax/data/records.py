@@ -36,7 +36,7 @@ from skysense_jax.data.checks import (
 )
 from skysense_jax.data.sample import ORBITS, UNDATED, Sample, Series, Window
 from skysense_jax.data.shards import Shards
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import OSM, LabelMap, Modality
 
 __all__ = ["Record", "RecordError", "RecordSource", "ShardWriter", "encode_sample", "validate_sample"]
 
@@ -45,13 +45,19 @@ TILE_PIXELS = 256
 _PER_DATE = ("image", "valid", "cloud")  # kinds of blocks, in order
 
 
-def encode_sample(sample: Sample, modalities: Sequence[Modality], *, codecs: Mapping[str, str] | None = None) -> bytes:
+def encode_sample(
+    sample: Sample,
+    modalities: Sequence[Modality],
+    *,
+    labels: LabelMap = OSM,
+    codecs: Mapping[str, str] | None = None,
+) -> bytes:
     """The record of a sample; ``codecs`` overrides a modality's codec (jpeg, png, zstd) by name.
 
     Raises:
       RecordError: the sample is not what its modalities' rows promise, or a codec cannot hold it.
     """
-    validate_sample(sample, modalities)
+    validate_sample(sample, modalities, labels)
     blocks: list[bytes] = []
     stored = {}
     for modality in modalities:
@@ -69,7 +75,7 @@ def encode_sample(sample: Sample, modalities: Sequence[Modality], *, codecs: Map
             provenance=sample.provenance,
             licence=sample.licence,
             modalities=stored,
-            label_classes=None if sample.labels is None else list(OSM.classes),
+            label_classes=None if sample.labels is None else list(labels.classes),
             block_crc32=[zlib.crc32(block) for block in blocks],
         )
     )
@@ -133,14 +139,15 @@ class _Stored:
 class Record:
     """A sample in its bytes, decoded window by window: a ``SampleReader``.
 
-    Modalities that ``modalities`` does not name are left untouched. Every damage surfaces as ``RecordError``.
+    Modalities that ``modalities`` does not name are left untouched. Every damage surfaces as ``RecordError``, and so do
+    labels of other classes than those of ``labels``.
 
     Attributes:
       id, extent_cells, longitude, latitude, provenance, licence: as in ``Sample``.
     """
 
-    def __init__(self, payload: bytes, modalities: Sequence[Modality]):
-        self.id = "?"
+    def __init__(self, payload: bytes, modalities: Sequence[Modality], labels: LabelMap = OSM):
+        self.id, self._labels = "?", labels
         header, self._blocks = self._open(payload)
         self.id = field(header, "id", str, "record")
         where = f"record {self.id!r}"
@@ -163,8 +170,9 @@ class Record:
         self._labels_block = None
         classes = header.get("label_classes")
         if classes is not None:
-            if classes != list(OSM.classes):
-                raise RecordError(f"{where}: label classes {classes}; wanted {list(OSM.classes)}")
+            if classes != list(labels.classes):
+                told = f"wanted {list(labels.classes)}, as config.data.label_classes says"
+                raise RecordError(f"{where}: label classes {classes}; {told}")
             self._labels_block = num_blocks
             num_blocks += 1
         if not num_blocks == len(self._blocks) == len(self._crc32):
@@ -247,14 +255,14 @@ class Record:
     def labels_window(self, row: int, column: int, side: int) -> np.ndarray | None:
         if self._labels_block is None:
             return None
-        per_cell = OSM.pixels_per_cell
+        per_cell = self._labels.pixels_per_cell
         size = self.extent_cells * per_cell
         where = f"record {self.id!r}, labels"
         block = self._block(self._labels_block, where)
         with wrapped(where):
             raster = codecs.decode_image(block, codec="zstd", shape=(size, size, 1), dtype=np.dtype(np.uint8))[..., 0]
-        if raster.max() > OSM.num_classes:
-            raise RecordError(f"{where}: id {raster.max()}; wanted at most {OSM.num_classes}")
+        if raster.max() > self._labels.num_classes:
+            raise RecordError(f"{where}: id {raster.max()}; wanted at most {self._labels.num_classes}")
         return raster[row * per_cell : (row + side) * per_cell, column * per_cell : (column + side) * per_cell]
 
     def decode(self) -> Sample:
@@ -274,7 +282,7 @@ class Record:
             provenance=self.provenance,
             licence=self.licence,
         )
-        validate_sample(sample, [stored.modality for stored in self._stored.values()])
+        validate_sample(sample, [stored.modality for stored in self._stored.values()], self._labels)
         return sample
 
     def _assemble(self, stored: _Stored, date: int, kind: str, origin: tuple[int, int], side: int) -> np.ndarray:
@@ -365,13 +373,16 @@ class RecordSource:
     Args:
       paths: a glob of files or of gs://bucket/..., or files in the order wanted.
       modalities: what the run uses; the rest of a record is not touched.
+      labels: the classes that labels are of.
 
     Raises:
       ValueError: no file matches, a file is no ArrayRecord, or there are no records.
     """
 
-    def __init__(self, paths: str | Sequence[str | os.PathLike], modalities: Sequence[Modality]):
-        self._shards, self._modalities = Shards(paths), tuple(modalities)
+    def __init__(
+        self, paths: str | Sequence[str | os.PathLike], modalities: Sequence[Modality], labels: LabelMap = OSM
+    ):
+        self._shards, self._modalities, self._labels = Shards(paths), tuple(modalities), labels
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -384,7 +395,7 @@ class RecordSource:
         """
         payload = self._shards.payload(index)
         try:
-            return Record(payload, self._modalities)
+            return Record(payload, self._modalities, self._labels)
         except RecordError as error:
             raise RecordError(f"{self.locate(index)}: {error}") from error
 

@@ -39,6 +39,7 @@ class MultiView:
       anchor_cells, tile_cells: side of the square that holds all views; grid on which its corner lies.
       num_global, global_box_cells, global_cells: views, (smallest, largest) side of their boxes, side after the resize.
       num_local, local_box_cells, local_cells: likewise.
+      num_classes: of the label map.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class MultiView:
         num_local: int,
         local_box_cells: Sequence[int],
         local_cells: int,
+        num_classes: int = OSM.num_classes,
     ):
         self.modalities = tuple(modalities)
         self._num_dates = {modality.name: int(num_dates[modality.name]) for modality in self.modalities}
-        self._day_jitter = day_jitter
+        self._day_jitter, self._num_classes = day_jitter, num_classes
         self._anchor_cells, self._tile_cells = anchor_cells, tile_cells
         self._shapes = {
             "global_views": _Shape(num_global, tuple(global_box_cells), global_cells),
@@ -91,7 +93,9 @@ class MultiView:
             for view, (box, orientation) in enumerate(boxes[key]):
                 element[key]["affine"][view] = geometry.view_affine(box, orientation, view_cells=shape.cells)
                 if labels is not None:
-                    element[key]["labels"][view] = _cut_labels(labels, anchor, box, orientation, shape.cells)
+                    element[key]["labels"][view] = _cut_labels(
+                        labels, anchor, box, orientation, shape.cells, self._num_classes
+                    )
         for modality in self.modalities:
             name = modality.name
             dates, present, days = self._draw_dates(rng, reader.days(name), self._num_dates[name])
@@ -123,7 +127,7 @@ class MultiView:
             "images": images,
             "token_valid": token_valid,
             "cell_usable": cell_usable,
-            "labels": np.zeros((shape.num, shape.cells, shape.cells, OSM.num_classes), np.float16),
+            "labels": np.zeros((shape.num, shape.cells, shape.cells, self._num_classes), np.float16),
             "affine": np.zeros((shape.num, 2, 3), np.float32),
         }
 
@@ -195,12 +199,14 @@ def _cut(
     return images, token_valid, geometry.share_true(usable, block=per_cell) >= 0.5
 
 
-def _cut_labels(labels: np.ndarray, anchor: Box, box: Box, orientation: Orientation, view_cells: int) -> np.ndarray:
+def _cut_labels(
+    labels: np.ndarray, anchor: Box, box: Box, orientation: Orientation, view_cells: int, num_classes: int
+) -> np.ndarray:
     """[P Q L] share of each class in each cell of the view."""
     source, offset = _place(anchor, box, OSM.pixels_per_cell)
     shares = geometry.class_shares(
         labels[source],
-        num_classes=OSM.num_classes,
+        num_classes=num_classes,
         box_size=box.side * OSM.pixels_per_cell,
         out_size=view_cells,
         offset=offset,

@@ -96,7 +96,9 @@ def _draw_ground(axes: Axes, shots: Sequence[tuple[str, Views, int]], images: Se
     axes.set_facecolor(NOTHING)
 
 
-def views_picture(path: pathlib.Path, batch: Batch, modalities: Sequence[Modality]) -> pathlib.Path:
+def views_picture(
+    path: pathlib.Path, batch: Batch, modalities: Sequence[Modality], *, classes: Sequence[str] = OSM.classes
+) -> pathlib.Path:
     """Path of the picture of all views of a batch's first sample: a column a view, a row a date, labels below.
 
     ``batch`` is on the host. Of a modality at most three of the dates present are shown. Hatched: cells that losses
@@ -125,16 +127,16 @@ def views_picture(path: pathlib.Path, batch: Batch, modalities: Sequence[Modalit
         when = "not in this sample" if day is None else f"day {day}" if day else "undated"
         panels[0].set_ylabel(f"{modality.name}\n{' '.join(shown_bands(modality))}\n{when}", fontsize=8)
     for (name, views, v), axes, top in zip(shots, grid[-1], grid[0]):
-        show(axes, labels_to_rgb(views.labels[0, v], OSM.classes))
+        show(axes, labels_to_rgb(views.labels[0, v], classes))
         top.set_title(name, fontsize=9)
     grid[-1, 0].set_ylabel("labels", fontsize=8)
     _draw_ground(ground.subplots(), shots, backdrop or [np.full((1, 1, 3), NOTHING)] * len(shots))
-    shares = np.concatenate([views.labels[0, v].reshape(-1, OSM.num_classes) for _, views, v in shots])
-    used = np.flatnonzero(np.bincount(shares.argmax(1)[shares.sum(1) > 0], minlength=OSM.num_classes))
+    shares = np.concatenate([views.labels[0, v].reshape(-1, len(classes)) for _, views, v in shots])
+    used = np.flatnonzero(np.bincount(shares.argmax(1)[shares.sum(1) > 0], minlength=len(classes)))
     hatched = Patch(
         facecolor="none", edgecolor="red", hatch="////", label="cloud or no data: losses and fusion skip it"
     )
-    class_legend(figure, OSM.classes, used.tolist(), (hatched,))
+    class_legend(figure, classes, used.tolist(), (hatched,))
     figure.suptitle(f"Views of record {int(one.record[0])}, before photometric changes", fontsize=11)
     return save(figure, path)
 
@@ -176,6 +178,7 @@ def features_picture(
     *,
     labels: Sequence[Int[np.ndarray, "H W"] | Num[np.ndarray, "H W"] | None],
     names: Sequence[str],
+    classes: Sequence[str] = OSM.classes,
 ) -> pathlib.Path:
     """Path of the picture of features beside imagery: a row a sample; imagery, labels, features as colours.
 
@@ -189,7 +192,7 @@ def features_picture(
     for modality in modalities:
         columns.append([_clearest(f, modality) for f in features])
         titles.append(f"{modality.name}, clearest date\n{' '.join(shown_bands(modality))}")
-    palette = np.concatenate((np.array([NOTHING]), label_colours(OSM.classes)))
+    palette = np.concatenate((np.array([NOTHING]), label_colours(classes)))
     columns.append([palette[ids] if ids is not None else None for ids in labels])
     titles.append("labels")
     for name, values, usable in sources:
@@ -213,7 +216,7 @@ def features_picture(
     for name, axes in zip(names, grid[:, 0]):
         axes.set_ylabel("\n".join(textwrap.wrap(name, _ROW_TITLE_WIDTH)), fontsize=8)
     used = sorted({int(i) - 1 for ids in labels if ids is not None for i in np.unique(ids) if i > 0})
-    class_legend(figure, OSM.classes, used)
+    class_legend(figure, classes, used)
     figure.suptitle("Frozen features of samples; colours: first three principal components", fontsize=11)
     return save(figure, path)
 
@@ -311,12 +314,13 @@ def write_all(
     cells: int,
     num_dates: Mapping[str, int],
     batch_size: int,
+    classes: Sequence[str] = OSM.classes,
 ) -> list[pathlib.Path]:
     """Paths of all pictures of a run, written into ``out_dir``; empty on every process but the first.
 
     Every process calls it, under the run's mesh. ``samples``: a few, the same on every process.
     ``batch``: one on the host, for the picture of views. ``cells``, ``num_dates``, ``batch_size`` as in
-    ``features.sample_features``.
+    ``features.sample_features``. ``classes``: of the label map.
     """
     out_dir = pathlib.Path(out_dir)
     options = dict(cells=cells, num_dates=num_dates, batch_size=batch_size)
@@ -329,9 +333,14 @@ def write_all(
 
     labels = [sample.labels_window(0, 0, sample.extent_cells) for sample in samples]
     paths = [
-        views_picture(out_dir / "views.png", batch, modalities),
+        views_picture(out_dir / "views.png", batch, modalities, classes=classes),
         features_picture(
-            out_dir / "features.png", found, modalities, labels=labels, names=[sample.id for sample in samples]
+            out_dir / "features.png",
+            found,
+            modalities,
+            labels=labels,
+            names=[sample.id for sample in samples],
+            classes=classes,
         ),
         attention_picture(
             out_dir / "queries.png",

@@ -143,12 +143,12 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
         if made.sample is None:
             continue
         try:
-            payloads.append(encode_sample(made.sample, maker.rows))
+            payloads.append(encode_sample(made.sample, maker.rows, labels=maker.labels))
         except RecordError as error:
             rejected.append(Rejected("place", made.sample.id, str(error)))
             continue
         where = dict(shard=shard.name, record=len(payloads) - 1)
-        samples.append(index_lib.facts(made.sample, split=shard.split, **where) | made.facts)
+        samples.append(index_lib.facts(made.sample, split=shard.split, labels=maker.labels, **where) | made.facts)
         measured += figures.measure(made.sample, maker.rows, **where)
         for name, series in made.sample.series.items():
             histograms.add(name, series.images, series.valid)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from skysense_jax.data.sample import UNDATED, Sample
-from skysense_jax.modalities import MODALITIES, OSM, Modality
+from skysense_jax.modalities import MODALITIES, OSM, LabelMap, Modality
 
 ROWS = "modalities.json"
 _ROW_GROUP = 2**16  # samples, some 20 MB of them
@@ -41,10 +41,10 @@ def read_rows(folder: pathlib.Path) -> tuple[Modality, ...]:
     return tuple(Modality(**row) for row in json.loads(path.read_text()))
 
 
-def facts(sample: Sample, *, split: str, shard: str, record: int) -> dict[str, Any]:
+def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelMap = OSM) -> dict[str, Any]:
     """What is said of the sample that is ``record`` of the file ``shard`` (without its suffix)."""
     dated = [day for series in sample.series.values() for day in series.days.tolist() if day != UNDATED]
-    mapped = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1) if sample.labels is not None else None
+    mapped = np.bincount(sample.labels.ravel(), minlength=labels.num_classes + 1) if sample.labels is not None else None
     return dict(
         id=sample.id,
         split=split,

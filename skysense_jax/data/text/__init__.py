@@ -33,7 +33,9 @@ def load_text_table(
             raise ValueError(f"{_FIELD}: {path} holds {sorted(table.files)}; wanted 'classes' and 'embeddings'")
         names, embeddings = tuple(map(str, table["classes"])), table["embeddings"].astype(np.float32)
     if names != tuple(classes):
-        raise ValueError(f"{_FIELD}: {path} is for the classes {names}; wanted {tuple(classes)}")
+        raise ValueError(
+            f"{_FIELD}: {path} is for the classes {names}; wanted {tuple(classes)}, as config.data.label_classes says"
+        )
     if embeddings.ndim != 2 or len(embeddings) != len(names):
         raise ValueError(f"{_FIELD}: {path} holds embeddings of shape {embeddings.shape}; wanted ({len(names)}, width)")
     if text_dim is not None and embeddings.shape[1] != text_dim:
