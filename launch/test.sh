@@ -5,6 +5,7 @@ set -euo pipefail
 SETUP_ARGS=(--requirement requirements-test.txt)
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+"$PYTHON" tests/browser.py  # fetched once, into .cache
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # A file's tests share what they compile: they go to one process, the longest files first (tests/conftest.py).

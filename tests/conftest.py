@@ -59,6 +59,15 @@ def emulator():
     server.close()
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser for pages, one a process."""
+    from browser import Browser
+
+    with Browser() as running:
+        yield running
+
+
 @pytest.fixture
 def matches_golden(request):
     """A function (name, text) that holds the text against tests/golden/NAME.txt, or rewrites that."""

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 
 from skysense_jax.modalities import Modality
 
+_Number = int | float
 MOST_DOTS = 1500  # places that are drawn one by one
 _MAP_WIDTH, _LEFT, _TOP, _RIGHT, _BOTTOM = 560, 76, 10, 26, 46
 _CELLS = 72  # along the longer side of a map that counts places in cells
@@ -44,7 +45,7 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str], kind: str) -
     )
 
 
-def ticks(low: float, high: float, *, most: int) -> list[float]:
+def ticks(low: _Number, high: _Number, *, most: int) -> list[float]:
     """At most ``most`` round numbers from ``low`` to ``high``, and at least one where the range is above 0."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
@@ -53,16 +54,16 @@ def ticks(low: float, high: float, *, most: int) -> list[float]:
     return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def plain(value: float) -> str:
+def plain(value: _Number) -> str:
     """A number without needless digits."""
     return f"{value:.6g}"
 
 
-def longitude(degrees: float) -> str:
+def longitude(degrees: _Number) -> str:
     return f"{plain(abs(degrees))}°{'E' if degrees > 0 else 'W' if degrees < 0 else ''}"
 
 
-def latitude(degrees: float) -> str:
+def latitude(degrees: _Number) -> str:
     return f"{plain(abs(degrees))}°{'N' if degrees > 0 else 'S' if degrees < 0 else ''}"
 
 
@@ -124,7 +125,7 @@ def _frame(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[float, float,
     return west, east, south, north
 
 
-def _mark(x: float, y: float, held_out: bool, title: str) -> str:
+def _mark(x: _Number, y: _Number, held_out: bool, title: str) -> str:
     """A dot to train on, a diamond held out."""
     told = element("title", html.escape(title))
     if held_out:
@@ -132,7 +133,7 @@ def _mark(x: float, y: float, held_out: bool, title: str) -> str:
     return element("circle", told, cx=x, cy=y, r=4, class_="train")
 
 
-def _diamond(x: float, y: float, half: float) -> str:
+def _diamond(x: _Number, y: _Number, half: _Number) -> str:
     return f"M{x:.1f} {y - half:.1f}l{half:.1f} {half:.1f} {-half:.1f} {half:.1f} {-half:.1f} {-half:.1f}z"
 
 
@@ -189,7 +190,7 @@ def band_histogram(values: Float[np.ndarray, "N"], counts: Int64[np.ndarray, "N"
             class_="table-range",
         )
     ]
-    parts += _bars(bars, left=left, top=top, width=inner, height=tall)
+    parts += _bars(bars.tolist(), left=left, top=top, width=inner, height=tall)
     own = float(values @ counts / total[-1])
     parts.append(element("line", x1=right(mean), x2=right(mean), y1=top - 8, y2=top + tall, class_="table-mean"))
     parts.append(element("line", x1=right(own), x2=right(own), y1=top - 8, y2=top + tall, class_="own-mean"))
@@ -203,7 +204,7 @@ def band_histogram(values: Float[np.ndarray, "N"], counts: Int64[np.ndarray, "N"
     return _svg(width, height, told, parts, "histogram")
 
 
-def _bars(bars: Sequence[float], *, left: float, top: float, width: float, height: float) -> list[str]:
+def _bars(bars: Sequence[_Number], *, left: _Number, top: _Number, width: _Number, height: _Number) -> list[str]:
     """One path of bars from the floor, the tallest as high as there is room."""
     most, step, floor = max(max(bars), 1e-12), width / len(bars), top + height
     path = "".join(
@@ -214,11 +215,11 @@ def _bars(bars: Sequence[float], *, left: float, top: float, width: float, heigh
     return [element("path", d=path, class_="bar"), element("path", d=f"M{left} {top + height}h{width}", class_="axis")]
 
 
-def bar_chart(bars: Sequence[float], labels: Mapping[int, str], *, title: str, axis: str) -> str:
-    """Bars with labels under some of them. ``axis``: what is along them; ``title``: for who does not see them."""
+def bar_chart(bars: Sequence[_Number], labels: Mapping[int, str], *, title: str, of: str, axis: str) -> str:
+    """Bars with labels under some of them. ``of``: what they count; ``axis``: along which; ``title``: for the blind."""
     width, height, left, top, bottom = 300, 130, 6, 18, 36
     inner, tall = width - 2 * left, height - top - bottom
-    parts = [element("text", f"at most {plain(max(bars))}", x=left, y=12)]
+    parts = [element("text", f"up to {max(bars):,} {of}", x=left, y=12)]
     parts += _bars(bars, left=left, top=top, width=inner, height=tall)
     for place, label in labels.items():
         parts.append(_label(label, left + inner * (place + 0.5) / len(bars), height - 22, left, width))
@@ -226,7 +227,7 @@ def bar_chart(bars: Sequence[float], labels: Mapping[int, str], *, title: str, a
     return _svg(width, height, title, parts, "bars")
 
 
-def _label(text: str, x: float, y: float, left: float, width: float) -> str:
+def _label(text: str, x: _Number, y: _Number, left: _Number, width: _Number) -> str:
     """Text below ``x``, moved inwards where it would leave the picture."""
     half = 3.5 * len(text)
     if x < left + half:

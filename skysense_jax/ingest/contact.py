@@ -103,7 +103,7 @@ def _strip(series: Series, row: Modality, *, sharpest: bool, num_dates: int) -> 
     for place, date in enumerate(shown):
         seen, hidden = series.valid[date].mean(), series.cloud[date].mean()
         orbit = ORBITS[series.orbits[date]]
-        label = _day(series.days[date]) + (f" {orbit}" if series.orbits[date] else "")
+        label = _day(int(series.days[date])) + (f" {orbit}" if series.orbits[date] else "")
         told = f"{row.name} of {label}, {hidden:.0%} hidden, {1 - seen:.0%} without data"
         over = _stripes(cloud[place]) if cloud[place].any() else None
         pictures.append(Picture(_jpeg(colours[place]), label, told, over))
@@ -122,7 +122,7 @@ def _clearest(series: Series, num_dates: int) -> int:
 
 
 def _day(day: int) -> str:
-    return "undated" if day == UNDATED else str(np.datetime64(int(day), "D"))
+    return "undated" if day == UNDATED else str(np.datetime64(day, "D"))
 
 
 def _reduced(image: Num[np.ndarray, "H W C"], side: int) -> Float[np.ndarray, "P Q C"]:
@@ -157,7 +157,7 @@ def _labels(labels: UInt8[np.ndarray, "H W"], opacity: int) -> str:
 
 
 def _palette(indices: UInt8[np.ndarray, "H W"], colours: Sequence[Sequence[int]], opacity: Sequence[int]) -> str:
-    image = Image.fromarray(indices, "P")
+    image = Image.fromarray(indices)
     image.putpalette([part for colour in colours for part in colour])
     return _uri(image, "png", transparency=bytes(opacity), optimize=True)
 

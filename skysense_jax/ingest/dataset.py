@@ -8,7 +8,7 @@ import dataclasses
 import heapq
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -93,7 +93,7 @@ def read(folder: pathlib.Path, where: Where, rows: Sequence[Modality]) -> Sample
         raise RecordError(str(error)) from error
 
 
-def drawn(names: Iterator[str], *, num: int, seed: int) -> list[int]:
+def drawn(names: Iterable[str], *, num: int, seed: int) -> list[int]:
     """Places of up to ``num`` names that a hash of each puts first, so that others do not change who is drawn."""
     rank = lambda pair: blake2b(f"{seed} {pair[1]}".encode(), digest_size=8).digest()  # noqa: E731
     return [place for place, _ in heapq.nsmallest(num, enumerate(names), key=rank)]
@@ -107,7 +107,7 @@ def _built(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: int, se
     found = None
     if not tables or not archives:
         places = indexed.to_table(columns=["id", "shard", "record"])
-        chosen = sorted(drawn(iter(places["id"].to_pylist()), num=examine, seed=seed))
+        chosen = sorted(drawn(places["id"].to_pylist(), num=examine, seed=seed))
         some = places.take(pa.array(chosen, pa.int64()))
         found = _measure(folder, rows, list(zip(some["shard"].to_pylist(), some["record"].to_pylist())))
     counts, counted = _counts(archives) if archives else (found.counts, f"{found.num} samples that were read")

@@ -38,7 +38,9 @@ def read_rows(folder: pathlib.Path) -> tuple[Modality, ...]:
     path = folder / ROWS
     if not path.exists():
         return tuple(MODALITIES.values())
-    return tuple(Modality(**row) for row in json.loads(path.read_text()))
+    listed = json.loads(path.read_text())
+    lists = lambda row: {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}  # noqa: E731
+    return tuple(Modality(**lists(row)) for row in listed)
 
 
 def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelMap = OSM) -> dict[str, Any]:

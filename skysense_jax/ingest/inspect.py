@@ -38,17 +38,18 @@ def inspect(
     dataset = open_dataset(folder, examine=examine, seed=seed)
     found = Suspicions(keep=max(num_samples, 1))
     suspicions.of_index(dataset.index, found)
-    suspicions.of_figures(dataset.figures, dataset.rows, found)
+    together = suspicions.look(dataset.figures, dataset.rows)
+    suspicions.of_figures(dataset.figures, dataset.rows, together, found)
     places = dataset.index.to_table(columns=["id", "shard", "record", "split"])
     odd = list(dict.fromkeys([*dataset.unreadable, *found.worst(num=num_samples)]))[: num_samples // 2]
-    some = drawn(iter(places["id"].to_pylist()), num=num_samples, seed=seed)
+    some = drawn(places["id"].to_pylist(), num=num_samples, seed=seed)
     picked = places.take(pa.array(some, pa.int64()))
     others = [where for where in zip(picked["shard"].to_pylist(), picked["record"].to_pylist()) if where not in odd]
     shown = [_card(dataset, where, found, num_dates) for where in [*odd, *others[: num_samples - len(odd)]]]
     damaged = {**dataset.unreadable, **{card.where: card.hits[-1].told for card in shown if card.sample is None}}
     found.counts["unreadable"] = len(damaged)
     cards = [card for card in shown if card.sample is None] + [card for card in shown if card.sample is not None]
-    numbers = survey(dataset)
+    numbers = survey(dataset, together)
     return page(
         dataset,
         numbers,

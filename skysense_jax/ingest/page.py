@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from skysense_jax.data.sample import Sample
 from skysense_jax.drawing import label_colours
 from skysense_jax.ingest import charts
-from skysense_jax.ingest.charts import element, plain
+from skysense_jax.ingest.charts import element
 from skysense_jax.ingest.contact import Contact, Strip
 from skysense_jax.ingest.dataset import Dataset, Where
 from skysense_jax.ingest.page_style import STYLE
@@ -269,8 +269,9 @@ def _statistics(dataset: Dataset, of: OfRow) -> str:
     return table(caption, head, rows, classes=["", *["number"] * 8])
 
 
-def _four(value: float) -> str:
-    return f"{value:.4g}"
+def _four(value: int | float) -> str:
+    """Four digits, or all of them before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _dates(dataset: Dataset, survey: Survey) -> str:
@@ -295,7 +296,7 @@ def _num_dates(name: str, of: OfRow) -> str:
     labels = {place: str(place * width) for place in sorted({0, len(bars) // 2, len(bars) - 1})}
     title = f"Samples by number of {name} dates, 0 to {most}; {of.num_dates.get(0, 0):,} have none"
     return charts.bar_chart(
-        bars, labels, title=title, axis="dates of a sample" + (f", by {width}" if width > 1 else "")
+        bars, labels, title=title, of="samples", axis="dates of a sample" + (f", by {width}" if width > 1 else "")
     )
 
 
@@ -303,7 +304,7 @@ def _hidden(name: str, of: OfRow) -> str:
     labels = {0: "0 %", HIDDEN_BINS // 2: "50 %", HIDDEN_BINS - 1: "100 %"}
     told = ", ".join(f"{count:,}" for count in of.hidden_counts)
     title = f"Samples by share of {name} that clouds hide, in tenths: {told}"
-    return charts.bar_chart(of.hidden_counts.tolist(), labels, title=title, axis="share that clouds hide")
+    return charts.bar_chart(of.hidden_counts.tolist(), labels, title=title, of="samples", axis="share that clouds hide")
 
 
 def _months(name: str, of: OfRow) -> str:
@@ -313,7 +314,7 @@ def _months(name: str, of: OfRow) -> str:
     labels = {place: str(np.datetime64(first + place * width, "M")) for place in sorted({0, len(bars) - 1})}
     title = f"{name} dates by month, {np.datetime64(first, 'M')} to {np.datetime64(last, 'M')}"
     return charts.bar_chart(
-        bars, labels, title=title, axis="dates by month" if width == 1 else f"dates by {width} months"
+        bars, labels, title=title, of="dates", axis="dates by month" if width == 1 else f"dates by {width} months"
     )
 
 
@@ -325,7 +326,7 @@ def _classes(survey: Survey) -> str:
     for place, name in enumerate(("nothing mapped", *OSM.classes)):
         share = survey.class_pixels[place] / total
         swatch = element("span", class_="swatch", style=f"background:{colours[place]}")
-        meter = element("span", class_="meter", style=f"width:{share:.1%}")
+        meter = element("span", class_="meter", style=f"width:{share:.1%}") if share else ""
         rows.append([swatch + name.replace("_", " "), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
     without = len(survey.longitudes) - survey.mapped
     caption = f"{_many(survey.mapped, 'label map')}" + (f"; {_many(without, 'sample')} without one" if without else "")
@@ -348,6 +349,3 @@ def _rejected(survey: Survey) -> str:
         rows,
         classes=["", "number", "words"],
     )
-
-
-__all__ = ["Card", "page", "plain"]

@@ -41,7 +41,7 @@ svg .ground { fill: var(--panel); } svg .grid { stroke: var(--line); }
 svg circle.train, svg .cell { fill: var(--train); } svg .held { fill: var(--held); }
 svg circle.train, svg .held { stroke: var(--paper); stroke-width: .7; }
 svg a .train, svg a .held { stroke: var(--ink); stroke-width: 2; }
-svg.map { font-size: 15px; }
+svg.map { font-size: 15px; } svg.histogram, svg.bars { width: 100%; }
 svg .bar { fill: var(--bar); } svg .axis { stroke: var(--ink); } svg .name { font-weight: 700; }
 svg .table-range { fill: var(--band); } svg .table-mean { stroke: var(--train); stroke-width: 2; }
 svg .own-mean { stroke: var(--held); stroke-width: 2; stroke-dasharray: 4 2; }

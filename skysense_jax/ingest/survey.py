@@ -17,12 +17,13 @@ import pyarrow.dataset
 from jaxtyping import Bool, Float, Int64
 
 from skysense_jax.ingest.dataset import Dataset
+from skysense_jax.ingest.suspicions import Look
 from skysense_jax.modalities import OSM, Modality
 
 _HELD_OUT = ("validation", "test")
 HIDDEN_BINS = 10  # of the hidden share, 0 to 1
-_NUMBERS = re.compile(r"-?\d[\d.,]*(e[+-]?\d+)?")
-_QUOTED = re.compile(r"'[^']*'|\S*/\S*")
+_NUMBERS = re.compile(r"(?<![\w.])-?\d[\d.]*(e[+-]?\d+)?(?!\w)")
+_NAMES = re.compile(r"'[^']*'|\S+/\S+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,16 @@ class Survey:
     rejected: Mapping[tuple[str, str], int]
 
 
-def survey(dataset: Dataset) -> Survey:
-    """The numbers of a dataset."""
+def survey(dataset: Dataset, together: Mapping[str, Look]) -> Survey:
+    """The numbers of a dataset. ``together``: what ``suspicions.look`` says of its figures."""
     column = lambda name: dataset.index.to_table(columns=[name])[name]  # noqa: E731
     splits = column("split")
     first, last = pc.min(column("first_day")).as_py(), pc.max(column("last_day")).as_py()
     mapped, pixels, samples = _classes(dataset.index)
     rows = {
-        row.name: _of_row(dataset, row) for row in dataset.rows if f"dates_{row.name}" in dataset.index.schema.names
+        row.name: _of_row(dataset, row, together[row.name])
+        for row in dataset.rows
+        if f"dates_{row.name}" in dataset.index.schema.names
     }
     return Survey(
         splits=_counted(splits),
@@ -97,23 +100,20 @@ def survey(dataset: Dataset) -> Survey:
     )
 
 
-def _of_row(dataset: Dataset, row: Modality) -> OfRow:
+def _of_row(dataset: Dataset, row: Modality, seen: Look) -> OfRow:
     names = [f"dates_{row.name}", f"hidden_{row.name}"]
     table = dataset.index.to_table(columns=names)
     dates, hidden = (_numbers(table[name]) for name in names)
     having = np.isfinite(dates)
     counts = Counter(np.where(having, dates, 0).astype(int).tolist())
-    months, undated = Counter(), 0
-    for batch in dataset.figures.to_batches(columns=["days"], filter=pc.field("modality") == row.name):
-        days = batch["days"].flatten()
-        undated += days.null_count
-        found = days.drop_null().to_numpy(zero_copy_only=False).astype("datetime64[D]").astype("datetime64[M]")
-        months.update(found.astype(int).tolist())
+    months: Counter[int] = Counter()
+    for day in np.flatnonzero(seen.days):
+        months[int(day.astype("datetime64[D]").astype("datetime64[M]").astype(int))] += int(seen.days[day])
     return OfRow(
         row=row,
         samples=int(having.sum()),
         dates=int(dates[having].sum()),
-        undated=undated,
+        undated=seen.undated,
         hidden=float(hidden[having].mean()) if having.any() else 0.0,
         num_dates=counts,
         hidden_counts=np.histogram(hidden[having], HIDDEN_BINS, (0, 1))[0],
@@ -140,7 +140,7 @@ def _rejected(path: pathlib.Path) -> Mapping[tuple[str, str], int]:
     if path.exists():
         with path.open() as lines:
             for entry in map(json.loads, lines):
-                reason = _NUMBERS.sub("#", _QUOTED.sub("…", entry["reason"]))
+                reason = _NUMBERS.sub("#", _NAMES.sub("…", entry["reason"]))
                 counts[entry.get("what", "file"), reason] += 1
     return counts
 

@@ -6,14 +6,14 @@ column, so that millions of samples take little memory. Next: inspect.py, which 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import rasterio.warp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, UInt64
 
 from skysense_jax.data.checks import LAST_DAY
 from skysense_jax.ingest.sentinel import NOT_DARK
@@ -173,7 +173,7 @@ def of_index(index: pa.dataset.Dataset, found: Suspicions) -> None:
     if len(often):
         times = dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist()))
         num = np.array([times.get(name, 1) for name in ids["id"].to_pylist()], float)
-        found.add("namesakes", ids, num > 1, num, lambda row: f"{num[row]:.0f} samples have its name")
+        found.add("namesakes", ids, num > 1, num, lambda row: f"samples with its name: {num[row]:.0f}")
     for batch in index.to_batches(columns=["id", "shard", "record", "longitude", "latitude", "classes"]):
         _elsewhere(batch, found)
         mapped = np.array([classes is not None and not any(classes[1:]) for classes in batch["classes"].to_pylist()])
@@ -200,60 +200,84 @@ def _elsewhere(batch: pa.RecordBatch, found: Suspicions) -> None:
 # ---- rules over the figures
 
 
-def of_figures(figures: pa.dataset.Dataset, rows: Sequence[Modality], found: Suspicions) -> None:
-    """Adds what is odd about the figures of samples, in two passes over them."""
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What all figures of one row of the modality table say together.
+
+    Attributes:
+      days: how many dates are of each day since 1970-01-01; ``undated``: of none.
+      twins: digests that several samples have, ascending; ``num_twins``: how many samples have each.
+    """
+
+    days: Int64[np.ndarray, "N"]
+    undated: int
+    twins: UInt64[np.ndarray, "M"]
+    num_twins: Int64[np.ndarray, "M"]
+
+
+def look(figures: pa.dataset.Dataset, rows: Sequence[Modality]) -> dict[str, Look]:
+    """What the figures of all samples say together, by row of the modality table."""
+    digests: dict[str, list[np.ndarray]] = {row.name: [] for row in rows}
+    days = {row.name: np.zeros(LAST_DAY + 1, np.int64) for row in rows}
+    undated = dict.fromkeys(days, 0)
+    for batch in figures.to_batches(columns=["modality", "digest", "days"]):
+        for name, part in _by_row(batch, rows):
+            digests[name].append(part["digest"].to_numpy(zero_copy_only=False))
+            seen = part["days"].flatten()
+            undated[name] += seen.null_count
+            days[name] += np.bincount(seen.drop_null().to_numpy(zero_copy_only=False), minlength=LAST_DAY + 1)
+    found = {}
+    for name, parts in digests.items():
+        unique, counts = np.unique(np.concatenate([*parts, np.zeros(0, np.uint64)]), return_counts=True)
+        found[name] = Look(days[name], undated[name], unique[counts > 1], counts[counts > 1])
+    return found
+
+
+def _by_row(batch: pa.RecordBatch, rows: Sequence[Modality]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """The parts of a batch of figures that are of each row of the modality table, if there are any."""
     for row in rows:
-        of_row = pc.field("modality") == row.name
-        digests = _unsigned(figures.to_table(columns=["digest"], filter=of_row)["digest"])
-        days, values = np.zeros(LAST_DAY + 1, np.int64), {}
-        for batch in figures.to_batches(columns=["days"], filter=of_row):
-            seen = batch["days"].flatten().drop_null().to_numpy(zero_copy_only=False)
-            days += np.bincount(seen, minlength=LAST_DAY + 1)
-        unique, counts = np.unique(digests, return_counts=True)
-        values = dict(twins=(unique[counts > 1], counts[counts > 1]), days=_far_days(days))
-        for batch in figures.to_batches(filter=of_row):
-            if len(batch):
-                _of_batch(batch, row, found, **values)
+        part = batch.filter(pc.equal(batch["modality"], row.name))
+        if len(part):
+            yield row.name, part
 
 
-def _of_batch(
-    batch: pa.RecordBatch,
-    row: Modality,
-    found: Suspicions,
-    *,
-    twins: tuple[np.ndarray, np.ndarray],
-    days: tuple[float, float],
+def of_figures(
+    figures: pa.dataset.Dataset, rows: Sequence[Modality], together: Mapping[str, Look], found: Suspicions
 ) -> None:
+    """Adds what is odd about the figures of samples. ``together``: what ``look`` says of them."""
+    table, usual = {row.name: row for row in rows}, {name: _far_days(seen.days) for name, seen in together.items()}
+    for batch in figures.to_batches():
+        for name, part in _by_row(batch, rows):
+            _of_batch(part, table[name], together[name], found)
+            _of_days(part, table[name], found, usual[name])
+
+
+def _of_batch(batch: pa.RecordBatch, row: Modality, together: Look, found: Suspicions) -> None:
     """Rules over the figures of samples in one row of the modality table."""
     columns = {name: _numbers(batch[name]) for name in _PLAIN}
-
-    def add(kind: str, odd, figure, told: str) -> None:
-        """``told``: with {} for the figure."""
-        with np.errstate(invalid="ignore"):
-            found.add(kind, batch, np.asarray(odd), figure, lambda i: f"{row.name}: {told.format(figure[i])}")
-
     low, high = row.typical_range
-    with np.errstate(invalid="ignore"):
-        beyond = np.fmax(low - columns["least_mean"], columns["largest_mean"] - high)
+    with np.errstate(invalid="ignore"):  # no figure: NaN, which no rule is true of
         for kind, (name, least, told) in _RULES.items():
-            add(kind, columns[name] >= least, columns[name], told)
+            figure = columns[name]
+            words = lambda i, figure=figure, told=told: f"{row.name}: {told.format(figure[i])}"  # noqa: E731
+            found.add(kind, batch, figure >= least, figure, words)
+        beyond = np.fmax(low - columns["least_mean"], columns["largest_mean"] - high)
         found.add("unit", batch, beyond > 0, beyond, lambda i: _unit(columns, row, i))
     _of_means(batch, row, found)
-    _of_days(batch, row, found, days)
-    digests = _unsigned(batch["digest"])
-    place = np.searchsorted(twins[0], digests).clip(0, max(len(twins[0]) - 1, 0))
-    if len(twins[0]):
-        same = twins[0][place] == digests
-        others = np.where(same, twins[1][place] - 1, 0).astype(float)
-        add("twins", same, others, "{:.0f} other samples have the same pixels")
+    if len(together.twins):
+        digests = batch["digest"].to_numpy(zero_copy_only=False)
+        place = np.searchsorted(together.twins, digests).clip(max=len(together.twins) - 1)
+        others = (together.num_twins[place] - 1.0) * (together.twins[place] == digests)
+        words = lambda i: f"{row.name}: other samples with the same pixels: {others[i]:.0f}"  # noqa: E731
+        found.add("twins", batch, others > 0, others, words)
 
 
 _RULES = {  # kind: the figure, from which value on, and how it is told
     "offset_left": ("darkest", NOT_DARK, "its darkest pixels are at {:.0f}, and wanted below " + str(NOT_DARK)),
     "offset_twice": ("clipped", _CLIPPED, "{:.0%} of a date are at the lowest number in red, green and blue"),
-    "disorder": ("disordered", 1, "{:.0f} dates lie before the one ahead"),
-    "repeated": ("repeated", 1, "{:.0f} dates have the pixels of another date"),
-    "single_valued": ("single_valued", 1, "{:.0f} bands of dates are one number"),
+    "disorder": ("disordered", 1, "dates that lie before the one ahead: {:.0f}"),
+    "repeated": ("repeated", 1, "dates with the pixels of another date: {:.0f}"),
+    "single_valued": ("single_valued", 1, "bands that are one number on a date: {:.0f}"),
     "filled": ("filled", _FILLED, "{:.0%} of a date's valid pixels are at one end in all bands"),
     "full_scale": ("full_scale", _FULL_SCALE, "{:.0%} of a date's valid pixels are at a band's upper limit"),
     "unseen": ("unseen", _UNSEEN, "{:.0%} of a date are cloud or no data"),
@@ -313,7 +337,7 @@ def _of_days(batch: pa.RecordBatch, row: Modality, found: Suspicions, usual: tup
     found.add("far_day", batch, beyond > 0, beyond, lambda i: f"{row.name}: a date is of {day_of(odd_day[i])}")
 
 
-def _far_days(counts: Iterable[int]) -> tuple[float, float]:
+def _far_days(counts: Int64[np.ndarray, "N"]) -> tuple[float, float]:
     """The earliest and the latest day that are not far from the others; of no days, any."""
     total = np.cumsum(counts)
     if not total[-1]:
@@ -326,7 +350,3 @@ def _far_days(counts: Iterable[int]) -> tuple[float, float]:
 def _numbers(column: pa.Array) -> Float[np.ndarray, "N"]:
     """A column as numbers, NaN where it has none."""
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-
-
-def _unsigned(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy() if isinstance(column, pa.ChunkedArray) else column.to_numpy(zero_copy_only=False)

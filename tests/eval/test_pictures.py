@@ -64,6 +64,21 @@ def test_to_rgb_shows_natural_colours_and_greys_out_what_is_invalid():
     assert drawing.to_rgb(np.zeros((3, 3, 2), np.float16), s1, valid=np.zeros((3, 3), bool)).shape == (3, 3, 3)
 
 
+def test_to_rgb_stretches_by_clear_pixels_and_shows_the_others_too():
+    s2 = ROWS[1]
+    bands = np.random.default_rng(0).integers(200, 1200, (2, 9, 9, 10)).astype(np.uint16)
+    clear = np.ones((2, 9, 9), bool)
+    clear[1, :4] = False
+    ground = drawing.to_rgb(bands[:1], s2)
+    bands[1, :4] = 9000  # a cloud
+    bands[1, 4:] = bands[0, 4:]
+    shown = drawing.to_rgb(bands, s2, clear=clear)
+    assert (shown[1, :4] == 1).all()
+    assert np.abs(shown[0] - ground[0]).max() < 0.05
+    assert drawing.to_rgb(bands, s2)[0].mean() < 0.3 < ground.mean()
+    np.testing.assert_array_equal(drawing.to_rgb(bands, s2, clear=clear & False), drawing.to_rgb(bands, s2))
+
+
 def test_ground_transform_of_a_view_puts_its_tokens_where_the_affine_says():
     for mirrored in (False, True):
         for turns in range(4):
