@@ -33,7 +33,7 @@ def text(
 ) -> str:
     """The card, in Markdown: how many, where, when, under which licences, with which statistics."""
     days = [row[key] for row in rows for key in ("first_day", "last_day") if row[key] is not None]
-    longitudes, latitudes = ([row[key] for row in rows] for key in ("longitude", "latitude"))
+    longitudes, latitudes = ([row[key] for row in rows if row[key] is not None] for key in ("longitude", "latitude"))
     splits = Counter(row["split"] for row in rows)
     named = {row.name: row for row in modalities}
     seen = [name for name in named if any(name in row["dates"] for row in rows)]
@@ -42,7 +42,9 @@ def text(
         "",
         f"- {len(rows)} samples: " + ", ".join(f"{number} {split}" for split, number in sorted(splits.items())),
         f"- between {min(longitudes):.4f} and {max(longitudes):.4f} degrees east, {min(latitudes):.4f} and "
-        f"{max(latitudes):.4f} north",
+        f"{max(latitudes):.4f} north"
+        if longitudes
+        else "- where they lie is unknown",
         f"- acquired from {_day(min(days))} to {_day(max(days))}" if days else "- no acquisition has a day",
         f"- {num_rejected} files, dates and places came to nothing: `rejected.jsonl` says why",
         "",

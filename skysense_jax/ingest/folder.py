@@ -28,14 +28,13 @@ from skysense_jax import storage
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import UNDATED, Sample
-from skysense_jax.ingest import card
+from skysense_jax.ingest import card, places, plan
 from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.series import UNREACHABLE
 from skysense_jax.modalities import OSM, Modality
 
-PARTS, FACTS, LOCK, ROWS, REJECTED = "parts", "build.json", ".lock", "modalities.json", "rejected.jsonl"
-TRAIN = "train"  # the split whose numbers statistics.json has
+PARTS, FACTS, LOCK, ROWS = "parts", "build.json", ".lock", "modalities.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +198,7 @@ def whole(out: epath.Path, made: Sequence[Shard]) -> dict[str, dict[str, Any]]:
         part = out / PARTS / f"{shard.name}.json"
         if part.exists():
             said = json.loads(part.read_text())
-            if said["bytes"] == _size(out / shard.file):
+            if said.get("bytes") == _size(out / shard.file):
                 found[shard.name] = said
     return found
 
@@ -229,13 +228,12 @@ def finish(maker: Maker, out: epath.Path) -> str:
             raise OSError(f"{out / shard.file} is not whole")
         rows += parts[shard.name]["samples"]
         rejected += [Rejected(**entry) for entry in parts[shard.name]["rejected"]]
-        if shard.split == TRAIN:
+        if shard.split == places.TRAIN:
             histograms.merge(load(io.BytesIO((out / PARTS / f"{shard.name}.npz").read_bytes())))
-    lines = "".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in rejected)
-    put(out / REJECTED, lambda file: file.write_text(lines))
+    put(out / plan.REJECTED, lambda file: plan.write_rejected(rejected, file))
     if not rows:
         reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected[:20])
-        raise ValueError(f"not one sample was made; {out / REJECTED} says why:\n{reasons}")
+        raise ValueError(f"not one sample was made; {out / plan.REJECTED} says why:\n{reasons}")
     names = {name for row in rows for name in row["dates"]}
     seen = [dataclasses.asdict(row) for row in maker.rows if row.name in names]
     statistics = histograms.summary()
