@@ -262,6 +262,11 @@ def label_map(classes: Iterable[str] = (), prompts: Iterable[str] = ()) -> Label
     return LabelMap(OSM.name, OSM.pixels_per_cell, classes, tuple(prompts) or classes)
 
 
+def from_json(row: Mapping) -> Modality:
+    """The row that ``dataclasses.asdict`` and JSON made this of."""
+    return Modality(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+
+
 def select(names: Iterable[str], new: Iterable[Mapping] = ()) -> tuple[Modality, ...]:
     """The rows called ``names``, in that order, from the table and from ``new`` rows (keyword arguments of Modality).
 

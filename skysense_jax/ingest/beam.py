@@ -36,12 +36,11 @@ class WriteShard(apache_beam.DoFn):
         yield shard.name
 
 
-def run(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, engine: Engine) -> None:
-    """Writes the shards ``missing`` into ``out``; returns when the pipeline has ended.
+def options_of(engine: Engine) -> PipelineOptions:
+    """What Beam makes of the flags.
 
     Raises:
-      ValueError: a flag that Beam does not know, or a runner.
-      OSError: a worker failed, and Beam gave up.
+      ValueError: one that it does not know.
     """
     here = [  # what DirectRunner alone reads, and less to read of the workers
         "--direct_running_mode=multi_processing",
@@ -52,6 +51,16 @@ def run(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, en
     unknown = options.get_all_options(retain_unknown_options=True).keys() - options.get_all_options().keys()
     if unknown and options.view_as(StandardOptions).runner not in _ASK_A_SERVER:
         raise ValueError(f"Apache Beam has no flag {', '.join(f'--{name}' for name in sorted(unknown))}")
+    return options
+
+
+def run(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, options: PipelineOptions) -> None:
+    """Writes the shards ``missing`` into ``out``; returns when the pipeline has ended.
+
+    Raises:
+      ValueError: there is no such runner.
+      OSError: a worker failed, and Beam gave up.
+    """
     pipeline = apache_beam.Pipeline(options=options)
     (
         pipeline

@@ -64,17 +64,19 @@ def build(make: Callable[[], Maker], out: epath.Path, *, facts: Mapping[str, Any
       facts: what the bytes depend on, as JSON has it.
 
     Raises:
+      ModuleNotFoundError: of an extra.
       ValueError: ``out`` holds another dataset, or not one sample came of it, or a flag is wrong.
       OSError: something cannot be written; what is whole stays, and the same call goes on.
     """
+    if engine.name == BEAM:
+        from skysense_jax.ingest import beam  # Apache Beam is an extra
+
+        options = beam.options_of(engine)
     with folder.claimed(out, facts):
         maker = make()
         missing = folder.to_make(out, maker.shards)
-        if engine.name == BEAM:
-            from skysense_jax.ingest import beam  # Apache Beam is an extra
-
-            if missing:
-                beam.run(make, missing, out, engine)
+        if engine.name == BEAM and missing:
+            beam.run(make, missing, out, options)
         elif engine.workers > 1 and len(missing) > 1:
             _run_here(make, missing, out, engine.workers)
         else:
@@ -108,7 +110,7 @@ def command(parser: argparse.ArgumentParser, work: Callable[[], str]) -> None:
     """Prints what ``work`` returns; ends the process with a line of words on what users can mend."""
     try:
         print(work())
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         parser.exit(1, f"error: {error}\n")
     except OSError as error:
         parser.exit(1, f"error: {error}. What is whole stays; the same command goes on\n")

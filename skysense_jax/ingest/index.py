@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from skysense_jax.data.sample import UNDATED, Sample
-from skysense_jax.modalities import MODALITIES, OSM, LabelMap, Modality
+from skysense_jax.modalities import MODALITIES, OSM, LabelMap, Modality, from_json
 
 ROWS = "modalities.json"
 _ROW_GROUP = 2**16  # samples, some 20 MB of them
@@ -38,9 +38,7 @@ def read_rows(folder: pathlib.Path) -> tuple[Modality, ...]:
     path = folder / ROWS
     if not path.exists():
         return tuple(MODALITIES.values())
-    listed = json.loads(path.read_text())
-    lists = lambda row: {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}  # noqa: E731
-    return tuple(Modality(**lists(row)) for row in listed)
+    return tuple(from_json(row) for row in json.loads(path.read_text()))
 
 
 def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelMap = OSM) -> dict[str, Any]:
