@@ -26,13 +26,14 @@ from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import UNDATED, Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import card, osm, places, plan
+from skysense_jax.ingest import card, osm, places, plan, remote
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.index_writer import IndexWriter
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
-from skysense_jax.ingest.series import UNREACHABLE, read_series
+from skysense_jax.ingest.remote import UNREACHABLE
+from skysense_jax.ingest.series import read_series
 from skysense_jax.ingest.sources import rows_with
 
 PARTS, FACTS, LOCK, INDEX = "parts", "build.json", ".lock", "index.parquet"
@@ -82,6 +83,7 @@ class Builder:
         facts = json.loads((manifest / plan.SOURCES).read_text())
         self._rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
         self._licences = {source["name"]: source["licence"] for source in facts["sources"]}
+        self._signs = {source["name"]: remote.signer(source["sign"]) for source in facts["sources"] if "sign" in source}
         coverages = [Coverage.of(covered) for covered in facts["labels"]]
         self._classes = osm.read_classes(facts.get("classes", ()))
         self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
@@ -137,7 +139,8 @@ class Builder:
             name, found = row.name, of_row.get(row.name, [])
             if not found:
                 continue
-            read, refused = read_series(found, place.square, row, min_clear_share=self._min_clear_share)
+            how = dict(min_clear_share=self._min_clear_share, signs=self._signs)
+            read, refused = read_series(found, place.square, row, **how)
             rejected += [dataclasses.replace(entry, name=f"{place.id} {name}: {entry.name}") for entry in refused]
             if read is not None:
                 series[name] = read
