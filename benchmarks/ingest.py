@@ -104,7 +104,9 @@ def main() -> None:
         rng = np.random.default_rng(0)
         corners = rng.uniform((11.83, 49.58), (11.93, 49.66), (20_000, 2))
         houses = [osm.Feature("building", shapely.box(x, y, x + 2e-4, y + 1e-4)) for x, y in corners]
-        labels.write([("map", houses)], root / "labels.parquet")
+        writer = labels.Writer(root / "labels.parquet")
+        writer.add("map", houses)
+        writer.close(["map"])
         maps = labels.LabelMaps(root / "labels.parquet", [labels.Coverage("map", (11.0, 49.0, 12.5, 50.5))])
         seconds: dict[str, list[float]] = {}
 

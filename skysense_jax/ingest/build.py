@@ -20,7 +20,7 @@ from etils import epath
 from skysense_jax import storage
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import engines, folder, osm, places, plan
+from skysense_jax.ingest import engines, folder, osm, places, plan, remote
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.engines import Engine
 from skysense_jax.ingest.folder import Made, Maker, Shard
@@ -49,6 +49,7 @@ class Builder(Maker):
         self.sources = facts["sources"]
         self._refused = manifest / plan.REJECTED
         self._licences = {source["name"]: source["licence"] for source in self.sources}
+        self._signs = {source["name"]: remote.signer(source["sign"]) for source in self.sources if "sign" in source}
         coverages = [Coverage.of(covered) for covered in facts["labels"]]
         classes = osm.read_classes(facts.get("classes", ()))
         self.labels = classes.map
@@ -88,7 +89,8 @@ class Builder(Maker):
             name, found = row.name, of_row.get(row.name, [])
             if not found:
                 continue
-            read, refused = read_series(found, place.square, row, min_clear_share=self._min_clear_share)
+            how = dict(min_clear_share=self._min_clear_share, signs=self._signs)
+            read, refused = read_series(found, place.square, row, **how)
             rejected += [dataclasses.replace(entry, name=f"{place.id} {name}: {entry.name}") for entry in refused]
             if read is not None:
                 series[name] = read

@@ -32,7 +32,7 @@ from skysense_jax.ingest import card, figures
 from skysense_jax.ingest import index as index_lib
 from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms, load
-from skysense_jax.ingest.series import UNREACHABLE
+from skysense_jax.ingest.remote import UNREACHABLE
 from skysense_jax.modalities import OSM, LabelMap, Modality
 
 PARTS, FACTS, LOCK, REJECTED, INDEX = "parts", "build.json", ".lock", "rejected.jsonl", "index.parquet"

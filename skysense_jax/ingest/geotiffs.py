@@ -168,7 +168,7 @@ def _described(file: rasterio.DatasetReader, name: str) -> int | None:
 
 def unit_of(layer: Layer) -> str:
     """ "linear" or "dB", by the range of a radar's numbers; raises Refused if they are neither."""
-    with rasterio.open(layer.path) as file:
+    with opened(layer.path) as file:
         return _unit(file, layer.band)
 
 

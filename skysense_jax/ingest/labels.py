@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import shapely
 from jaxtyping import Bool, Float, UInt8
@@ -230,7 +231,7 @@ class LabelMaps:
     """
 
     def __init__(self, path: pathlib.Path, coverages: Sequence[Coverage], classes: osm.Classes = osm.CLASSES):
-        self._path, self._classes = path, classes
+        self._table, self._classes = pyarrow.dataset.dataset(path), classes  # its footer is read once
         self._ground = [coverage.ground() for coverage in coverages]
         shapely.prepare(self._ground)
         self._sources = [coverage.source for coverage in coverages]
@@ -250,7 +251,8 @@ class LabelMaps:
             *(("west", "<=", east), ("east", ">=", west), ("south", "<=", north), ("north", ">=", south)),
             ("source", "in", covering),
         ]
-        table = pq.read_table(self._path, filters=filters, columns=["name", "width_m", "geometry"])
+        columns = ["name", "width_m", "geometry"]
+        table = self._table.to_table(columns=columns, filter=pq.filters_to_expression(filters))
         rows = zip(*(table[name].to_pylist() for name in table.column_names))
         features = [osm.Feature(name, shapely.from_wkb(geometry), width) for name, width, geometry in rows]
         return osm.draw(features, square, crs=_LON_LAT, classes=self._classes)

@@ -97,7 +97,7 @@ def plan(
         coverages, refused = _write_labels(maps, legends, chosen, unfinished / LABELS)
         rejected += refused
         facts = {
-            "sources": [dict(name=s.name, kind=s.kind, licence=s.licence) for s in listed.sources],
+            "sources": [_facts(source) for source in listed.sources],
             "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
             "labels": [coverage.facts() for coverage in coverages],
             "choice": {"cells": choice.cells, "require": list(choice.require), "seed": choice.seed},
@@ -110,6 +110,11 @@ def plan(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return _table(listed.sources, found, used, chosen, rejected)
+
+
+def _facts(source: sources.Source) -> dict[str, str]:
+    facts = dict(name=source.name, kind=source.kind, licence=source.licence)
+    return facts | ({"sign": source.options["sign"]} if "sign" in source.options else {})
 
 
 def write_rejected(rejected: Sequence[Rejected], path: pathlib.Path) -> None:

@@ -5,11 +5,12 @@ UTM coordinates is brought into the UTM zone of its centre; what says nothing ab
 Read next: samples.py (who calls this), sentinel.py (units of the Sentinel sensors).
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
 
+from skysense_jax.ingest import remote
 from skysense_jax.modalities import METRES_PER_CELL
 
 MAX_STRETCH = 2.0  # of a native pixel; coarser imagery belongs into another row of the table
@@ -115,11 +117,15 @@ def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Ra
         return _read(source, bands, Window(0, 0, source.width, source.height), masked=True)
 
 
-def opened(path: str | pathlib.Path) -> rasterio.DatasetReader:
-    """The open file; one without a place gives no warning, as callers refuse it in their own words."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path)
+@contextlib.contextmanager
+def opened(path: str | pathlib.Path) -> Iterator[rasterio.DatasetReader]:
+    """A context with the open file; one without a place gives no warning, as callers refuse it in their own words."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(remote.environment(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            file = stack.enter_context(rasterio.open(path))
+        yield file
 
 
 def _read(source: rasterio.DatasetReader, bands: Sequence[int], window: Window, *, masked: bool) -> Raster:
@@ -145,7 +151,7 @@ def read_window(
 
     ``masked``: pixels with the file's nodata value in every band, or hidden by its mask, are invalid.
     """
-    with rasterio.open(path) as source:
+    with opened(path) as source:
         bounds = rasterio.warp.transform_bounds(square.crs, source.crs, *square.bounds)
         inverse = ~source.transform
         columns, rows = zip(inverse * (bounds[0], bounds[3]), inverse * (bounds[2], bounds[1]))

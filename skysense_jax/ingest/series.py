@@ -6,18 +6,15 @@ Next: rasters.py (how pixels come to cells), build.py (which places).
 """
 
 import dataclasses
-import functools
-import re
-import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
-from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.errors import RasterioError
 
 from skysense_jax.data.sample import Series
-from skysense_jax.data.shards import RETRY_AFTER_S
-from skysense_jax.ingest import sentinel
+from skysense_jax.ingest import remote, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected, by_date
 from skysense_jax.ingest.rasters import (
     Raster,
@@ -30,10 +27,6 @@ from skysense_jax.ingest.rasters import (
     read_window,
 )
 from skysense_jax.modalities import Modality
-
-_OF_SERVERS = re.compile(r"HTTP|CURL|timed? ?out|resolve host|connection", re.IGNORECASE)
-_GONE = re.compile("No such file")
-UNREACHABLE = "unreachable: "  # how the reason of a date begins that is asked for again by the next build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +46,18 @@ class Date:
 
 
 def read_series(
-    acquisitions: Sequence[Acquisition], square: Square, row: Modality, *, min_clear_share: float
+    acquisitions: Sequence[Acquisition],
+    square: Square,
+    row: Modality,
+    *,
+    min_clear_share: float,
+    signs: Mapping[str, remote.Sign] = types.MappingProxyType({}),
 ) -> tuple[Series | None, list[Rejected]]:
     """The series of one row over ``square``, None if no date is left, and the dates that were left out.
 
-    ``min_clear_share``: of a date's pixels, valid and not hidden, below which it is left out.
+    Args:
+      min_clear_share: of a date's pixels, valid and not hidden, below which it is left out.
+      signs: by source what makes addresses of its files those to open now.
     """
     read = {"s2": _read_s2, "s1": _read_s1}.get(row.name, _read_image)
     dates: list[Date] = []
@@ -66,14 +66,13 @@ def read_series(
     for group in by_date(acquisitions):
         names = ", ".join(acquisition.id for acquisition in group)
         try:
-            date = _again(functools.partial(read, group, square, row))
+            date = remote.again(lambda: read(_signed(group, signs), square, row))
             clear = float((date.valid & ~date.hidden).mean())
             if clear < min_clear_share or not clear:
                 told = f"{clear:.1%} of its pixels are clear; wanted {min_clear_share:.1%}"
                 raise Refused(f"{told} ({float(date.valid.mean()):.1%} have data)")
         except (Refused, RasterioError, OSError) as error:
-            told = f"{UNREACHABLE}{error}" if _told(error, _OF_SERVERS) or _told(error, _GONE) else str(error)
-            rejected.append(Rejected("date", names, told))
+            rejected.append(Rejected("date", names, remote.reason(error)))
             continue
         dates.append(date)
         kept.append(group[0])
@@ -85,25 +84,8 @@ def read_series(
         return None, [*rejected, Rejected("date", ", ".join(acquisition.id for acquisition in kept), str(error))]
 
 
-def _again(read: Callable[[], Date]) -> Date:
-    """``read()``, tried again where a server does not answer; what is damaged is told at once."""
-    for seconds in RETRY_AFTER_S:
-        try:
-            return read()
-        except RasterioIOError as error:
-            if not _told(error, _OF_SERVERS):
-                raise
-            time.sleep(seconds)
-    return read()
-
-
-def _told(error: BaseException | None, pattern: re.Pattern) -> bool:
-    """Whether an error, or one that it came from, says so: GDAL says the cause there."""
-    while error is not None:
-        if pattern.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _signed(group: Sequence[Acquisition], signs: Mapping[str, remote.Sign]) -> list[Acquisition]:
+    return [remote.signed(a, signs[a.source]) if a.source in signs else a for a in group]
 
 
 def _joined(row: Modality, acquisitions: Sequence[Acquisition], dates: Sequence[Date]) -> Series:

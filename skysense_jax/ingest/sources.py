@@ -19,7 +19,6 @@ A file that comes to nothing is named with its reason, and the others go on. Nex
 import dataclasses
 import functools
 import pathlib
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,9 +26,8 @@ from typing import Any
 import rasterio.errors
 import shapely
 
-from skysense_jax.ingest import geotiffs, ground, osm, safe, stac
+from skysense_jax.ingest import geotiffs, ground, osm, remote, safe, stac
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
-from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
 from skysense_jax.modalities import MODALITIES, Modality, select
 
@@ -61,7 +59,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "s2_safe": {},
     "s2_geotiff": dict(offset=int, bands=list, day_pattern=str),
     "s1": dict(unit=str, orbit=str, day_pattern=str),
-    "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str),
+    "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str, sign=str),
     LABELS: dict(tags=str, coverage=str),
 }
 _NEEDED = (
@@ -77,6 +75,7 @@ _WORDS = {
     ("s1", "orbit"): ("ascending", "descending"),
     ("stac", "unit"): ("linear", "dB"),
     ("stac", "modality"): ("s2", "s1"),
+    ("stac", "sign"): remote.SIGNERS,
 }
 
 
@@ -178,8 +177,11 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
         raise ValueError(f"{where}: bands = {entry['bands']!r}; wanted numbers from 1")
     if entry["kind"] == "image" and entry.get("modality") in _OWN_KINDS:
         raise ValueError(f"{where}: modality = {entry['modality']!r}; wanted kind = {_OWN_KINDS[entry['modality']]}")
-    if "dates" in entry and not re.fullmatch(r"\d{4}-\d\d-\d\d(/\d{4}-\d\d-\d\d)?", entry["dates"]):
-        raise ValueError(f"{where}: dates = {entry['dates']!r}; wanted a day such as 2022-06-15, or two with / between")
+    try:
+        stac.interval(entry.get("dates", "2022"))
+        remote.signer(entry.get("sign", ""))
+    except ValueError as error:
+        raise ValueError(f"{where}: dates = {entry.get('dates')!r}, sign = {entry.get('sign')!r}: {error}") from error
     for kind, field, why in _NEEDED:
         if entry["kind"] == kind and field not in entry:
             raise ValueError(f"{where}: {field} is missing: {why}")
@@ -201,7 +203,13 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
       ValueError: the source's modality is no row of ``rows``.
     """
     found, rejected = [], []
-    for name, read in _readers(source, rows, rejected):
+    if source.kind == "stac":
+        for href in source.files:
+            of_catalogue, refused = stac.find(str(href), source=source.name, **source.options)
+            found += of_catalogue
+            rejected += refused
+        return found, rejected
+    for name, read in _readers(source, rows):
         try:
             found.append(read())
         except (rasterio.errors.RasterioError, OSError, ValueError, KeyError, TypeError) as error:
@@ -209,20 +217,9 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
     return sorted(found, key=lambda acquisition: acquisition.id), rejected
 
 
-def _readers(
-    source: Source, rows: Sequence[Modality], rejected: list[Rejected]
-) -> Iterator[tuple[str, Callable[[], Acquisition]]]:
-    """For each file, group of files or item of a source its name and what reads it."""
+def _readers(source: Source, rows: Sequence[Modality]) -> Iterator[tuple[str, Callable[[], Acquisition]]]:
+    """For each file or group of files of a source its name and what reads it."""
     options = dict(source.options)
-    if source.kind == "stac":
-        what = {key: options.pop(key) for key in ("collections", "bbox", "dates") if key in options}
-        for href in source.files:
-            try:
-                for item in stac.items(str(href), **what):
-                    yield item.id, functools.partial(stac.read_item, item, source=source.name, **options)
-            except Refused as error:
-                rejected.append(Rejected("file", f"{source.name}: {href}", str(error)))
-        return
     if source.kind == "image":
         modality, table = options.pop("modality"), {row.name: row for row in rows}
         if modality not in table:

@@ -6,7 +6,10 @@ Sources: the item properties of Earth Search ("earthsearch:boa_offset_applied") 
 ("s2:processing_baseline"), the STAC extensions "processing", "raster" and "sat". Next: sources.py.
 """
 
+import dataclasses
 import datetime
+import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +17,17 @@ import numpy as np
 import odc.stac
 import pystac
 import pystac_client
-import shapely
+import rasterio.errors
+import urllib3
 from pystac.errors import STACError
 from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
+from pystac_client.stac_api_io import StacApiIO
 
 from skysense_jax.data.sample import ORBITS, UNDATED
-from skysense_jax.ingest import geotiffs
-from skysense_jax.ingest.acquisitions import Acquisition, Layer
+from skysense_jax.ingest import geotiffs, remote
+from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected
+from skysense_jax.ingest.places import boxes_of
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.sentinel import offset_of_baseline
 
@@ -43,54 +49,193 @@ _ASSETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 _CLASSES = ("SCL", "scl")
 _SCALE = 10_000  # of reflectance in the numbers
+_UNITS = {  # of a radar's numbers, as items call them; other words tell nothing
+    **dict.fromkeys(("linear", "power", "linear power", "linear backscatter intensity"), "linear"),
+    **dict.fromkeys(("db", "decibel", "decibels"), "dB"),
+}
+_TRIES, _BACKOFF, _TIMEOUT_S = 4, 0.5, 30.0  # of a request: again, seconds doubled each time, seconds
+_BUSY = (408, 429, 500, 502, 503, 504)  # status codes behind which a server may answer later
+_ERRORS = (APIError, ClientTypeError, STACError, OSError, ValueError, KeyError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A time from ``begin`` to before ``end``; None: from or to whenever."""
+
+    begin: datetime.datetime | None = None
+    end: datetime.datetime | None = None
+
+    def meets(self, first: datetime.datetime, last: datetime.datetime) -> bool:
+        """Whether some of the time from ``first`` to ``last`` lies in it."""
+        return (self.begin is None or last >= self.begin) and (self.end is None or first < self.end)
+
+    def asked(self) -> str | None:
+        """As an API is asked for it, in whole seconds; None: no bound."""
+        if self.begin is None and self.end is None:
+            return None
+        last = self.end and self.end - datetime.timedelta(seconds=1)
+        return "/".join(f"{_utc(time):%Y-%m-%dT%H:%M:%SZ}" if time else ".." for time in (self.begin, last))
+
+
+_WITHIN = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d))?)?")
+
+
+def interval(text: str) -> Interval:
+    """The time that a text says: a year, a month, a day or a time of RFC 3339, or two with / between.
+
+    An end of a range that is ".." or empty is open.
+
+    Raises:
+      ValueError: the text says none.
+    """
+    parts = text.split("/")
+    try:
+        spans = [Interval() if len(parts) == 2 and part in ("", "..") else _span(part) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
+    found = Interval(spans[0].begin, spans[-1].end)
+    if len(parts) > 2 or found == Interval() or (found.begin and found.end and found.begin >= found.end):
+        raise ValueError(f"{text!r}: no time, or one that ends before it begins")
+    return found
+
+
+def _span(text: str) -> Interval:
+    """From the first to behind the last second of a year, month, day or second."""
+    match = _WITHIN.fullmatch(text)
+    if match is None:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d[Tt ].*", text):
+            raise ValueError(f"{text!r} is no year, month, day or time")
+        begin = _utc(datetime.datetime.fromisoformat(text.upper())).replace(microsecond=0)
+        return Interval(begin, begin + datetime.timedelta(seconds=1))
+    year, month, day = (int(part) if part else None for part in match.groups())
+    begin = datetime.datetime(year, month or 1, day or 1, tzinfo=datetime.UTC)
+    if day:
+        return Interval(begin, begin + datetime.timedelta(days=1))
+    after = (year, month + 1) if month and month < 12 else (year + 1, 1)
+    return Interval(begin, datetime.datetime(*after, 1, tzinfo=datetime.UTC))
+
+
+def find(
+    href: str,
+    *,
+    source: str,
+    collections: Sequence[str] = (),
+    bbox: Sequence[float] = (),
+    dates: str = "",
+    **how: Any,
+) -> tuple[list[Acquisition], list[Rejected]]:
+    """The acquisitions of a catalogue, sorted, and its items that are none; nothing of one that breaks off.
+
+    Args:
+      href: of a static catalogue or an API.
+      source: name of the source.
+      collections, bbox, dates: what is asked for; ``bbox`` in degrees, ``dates`` as ``interval`` reads them.
+      how: further arguments of ``read_item``.
+    """
+    found, rejected = [], []
+    try:
+        for item in items(href, collections=collections, bbox=bbox, dates=dates, lost=rejected):
+            try:
+                found.append(read_item(item, source=source, **how))
+            except (rasterio.errors.RasterioError, OSError, ValueError, KeyError, TypeError) as error:
+                rejected.append(Rejected("file", item.id, remote.reason(error)))
+    except Refused as error:
+        found, rejected = [], [Rejected("file", href, remote.reason(error))]
+    rejected = [dataclasses.replace(entry, name=f"{source}/{entry.name}") for entry in rejected]
+    files = lambda acquisition: sorted(layer.path for layer in acquisition.layers.values())  # noqa: E731
+    return (
+        sorted(found, key=lambda acquisition: (acquisition.id, files(acquisition))),
+        sorted(rejected, key=lambda entry: (entry.name, entry.reason)),
+    )
 
 
 def items(
-    href: str, *, collections: Sequence[str] = (), bbox: Sequence[float] = (), dates: str = ""
+    href: str,
+    *,
+    collections: Sequence[str] = (),
+    bbox: Sequence[float] = (),
+    dates: str = "",
+    lost: list[Rejected] | None = None,
 ) -> Iterator[pystac.Item]:
-    """The items of a catalogue, sorted by their ids, within ``bbox`` (degrees) and ``dates`` ("2022-01-01/2022-06-30").
+    """The items of a catalogue as it gives them; what a static one links to and cannot be had is added to ``lost``.
 
     Raises:
-      Refused: the catalogue does not answer or is none.
+      Refused: the catalogue does not answer after several tries, or is none.
     """
+    within = interval(dates) if dates else Interval()
+    retry = urllib3.Retry(_TRIES, backoff_factor=_BACKOFF, status_forcelist=_BUSY, allowed_methods=None)
     try:
-        client = pystac_client.Client.open(href)
+        client = pystac_client.Client.open(href, stac_io=StacApiIO(max_retries=retry, timeout=_TIMEOUT_S))
         if client.conforms_to("ITEM_SEARCH"):
-            asked = dict(collections=list(collections) or None, bbox=list(bbox) or None, datetime=dates or None)
-            found = list(client.search(**asked).items())
+            asked = dict(collections=list(collections) or None, bbox=list(bbox) or None, datetime=within.asked())
+            yield from client.search(**asked).items()
         else:
-            found = [item for item in client.get_items(recursive=True) if _wanted(item, collections, bbox, dates)]
-    except (APIError, ClientTypeError, STACError, OSError, ValueError) as error:
+            for item in _linked(client, client, [] if lost is None else lost, set()):
+                if _wanted(item, collections, bbox, within):
+                    yield item
+    except _ERRORS as error:
         raise Refused(f"no answer of a STAC catalogue: {error}") from error
-    yield from sorted(found, key=lambda item: (item.id, item.collection_id or "", item.get_self_href() or ""))
 
 
-def _wanted(item: pystac.Item, collections: Sequence[str], bbox: Sequence[float], dates: str) -> bool:
-    begin, _, end = dates.partition("/")
-    day = _utc(item.datetime).date().isoformat() if item.datetime else ""
-    within = not dates or (bool(day) and begin <= day <= (end or begin))
-    near = not bbox or (item.bbox is not None and shapely.box(*bbox).intersects(shapely.box(*_flat(item.bbox))))
-    return within and near and (not collections or item.collection_id in collections)
+def _linked(
+    catalogue: pystac.Catalog, root: pystac.Catalog, lost: list[Rejected], seen: set[str | None]
+) -> Iterator[pystac.Item]:
+    """The items of a static catalogue and of those below it."""
+    for link in (*catalogue.get_item_links(), *catalogue.get_child_links()):
+        address = link.get_absolute_href()
+        if address in seen:
+            continue
+        seen.add(address)
+        try:
+            target = link.resolve_stac_object(root=root).target
+        except _ERRORS as error:
+            lost.append(Rejected("file", str(address), remote.reason(error)))
+            continue
+        if isinstance(target, pystac.Item):
+            yield target
+        else:
+            yield from _linked(target, root, lost, seen)
 
 
-def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "") -> Acquisition:
+def _wanted(item: pystac.Item, collections: Sequence[str], bbox: Sequence[float], within: Interval) -> bool:
+    """What an API would ask of an item."""
+    facts = item.common_metadata
+    times = (item.datetime,) if item.datetime else (facts.start_datetime, facts.end_datetime)
+    known = [_utc(time) for time in times if time]
+    in_time = within == Interval() or (bool(known) and within.meets(known[0], known[-1]))
+    boxes = boxes_of(_flat(item.bbox)) if item.bbox else []
+    near = not bbox or any(box.intersects(other) for box in boxes for other in boxes_of(_flat(bbox)))
+    return in_time and near and (not collections or item.collection_id in collections)
+
+
+def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", sign: str = "") -> Acquisition:
     """The acquisition that an item describes.
 
+    Args:
+      modality: "s2" or "s1"; source: name of the source.
+      unit: of a radar; else by the item's properties, else by the range of the numbers.
+      sign: name of what signs addresses where a file must be looked into.
+
     Raises:
-      Refused: a band is missing, or what is to be subtracted, or a radar's unit, is not known.
+      Refused: a band is missing, or what is to be subtracted, or a radar's unit, is not known; or an address is signed.
+      OSError: a file must be looked into and cannot be had.
     """
     files = {key[0].lower(): band for key, band in odc.stac.parse_item(item).bands.items() if key[1] == 1}
-    remote = "://" in (item.get_self_href() or "") and not str(item.get_self_href()).startswith("file://")
+    of_network = remote.is_remote(item.get_self_href() or "")
     local = sorted({band.uri for band in files.values() if "://" not in band.uri or band.uri.startswith("file://")})
-    if remote and local:
+    if of_network and local:
         raise Refused(f"an item from the network that names files of this machine: {local[0]}")
+    signed = next((band.uri for band in files.values() if remote.is_signed(band.uri)), None)
+    if signed:
+        raise Refused(f"a signed address, which expires before it is read: {signed} (wanted it plain, and sign = ...)")
+    opening = functools.partial(remote.signed_layer, sign=remote.signer(sign))
     layers = {}
     for band, names in _ASSETS[modality].items():
         found = [files[name.lower()] for name in names if name.lower() in files]
         if not found:
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
         layers[band] = _layer(found[0])
-    bounds = _flat(item.bbox) if item.bbox else geotiffs.bounds_of(next(iter(layers.values())))
+    bounds = _flat(item.bbox) if item.bbox else geotiffs.bounds_of(opening(next(iter(layers.values()))))
     date = _utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
@@ -101,9 +246,30 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "") 
         facts |= dict(classes=_layer(scl[0]), offset=_offset(item, baseline), rank=round(100 * (baseline or 0)))
     else:
         orbit = str(item.properties.get("sat:orbit_state", "")).lower()
-        first = next(iter(layers.values()))
-        facts |= dict(orbit=orbit if orbit in ORBITS else "unknown", unit=unit or geotiffs.unit_of(first))
+        told = _unit(item)
+        if unit and told and unit != told:
+            raise Refused(f"unit = {unit!r} in the list, and the item says {told!r}")
+        unit = unit or told or remote.again(lambda: geotiffs.unit_of(opening(layers["VV"])))
+        facts |= dict(orbit=orbit if orbit in ORBITS else "unknown", unit=unit)
     return Acquisition(item.id, source, modality, tuple(float(edge) for edge in bounds), layers, **facts)
+
+
+def _unit(item: pystac.Item) -> str:
+    """ "linear" or "dB" where an item tells what a radar's numbers are, else ""; raises Refused if they are neither.
+
+    Told by CARD4L ("linear power") and by the unit of bands; Planetary Computer's items tell nothing.
+    """
+    said = [item.properties.get("card4l:measurement_convention")]
+    for name in ("vv", "VV", "vh", "VH"):
+        fields = item.assets[name].extra_fields if name in item.assets else {}
+        said += [band.get("unit") for key in ("raster:bands", "bands") for band in fields.get(key, [])]
+    words = {str(text).strip().lower() for text in said if text}
+    if any("amplitude" in word for word in words):
+        raise Refused(f"backscatter as {', '.join(sorted(words))}; wanted power or dB")
+    units = {_UNITS[word] for word in words & _UNITS.keys()}
+    if len(units) > 1:
+        raise Refused(f"backscatter as {', '.join(sorted(words))}: which one?")
+    return units.pop() if units else ""
 
 
 def _flat(bbox: Sequence[float]) -> Sequence[float]:

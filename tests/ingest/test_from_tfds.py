@@ -17,7 +17,7 @@ from rasterio.transform import from_origin
 
 from skysense_jax.data.records import RecordSource
 from skysense_jax.data.sample import UNDATED
-from skysense_jax.ingest import folder, from_tfds, plan, tfds_sets
+from skysense_jax.ingest import from_tfds, plan, tfds_sets
 from skysense_jax.modalities import MODALITIES, from_json, select
 from tests.ingest import earth
 
@@ -73,7 +73,7 @@ def eurosats(tmp_path_factory):
 
 def test_eurosat_is_top_of_atmosphere_and_keeps_its_bands_apart(eurosats, tmp_path, capsys):
     convert("eurosat/all", eurosats, tmp_path)
-    (row,) = (from_json(row) for row in json.loads((tmp_path / folder.ROWS).read_text()))
+    (row,) = (from_json(row) for row in json.loads((tmp_path / "modalities.json").read_text()))
     assert row == tfds_sets.S2_L1C
     assert "top-of-atmosphere" in row.unit
     samples = sorted(read(tmp_path, row), key=lambda sample: sample.id)

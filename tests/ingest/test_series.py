@@ -229,7 +229,7 @@ def test_server_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
         return read(*args, **kwargs)
 
     monkeypatch.setattr(lib, "read_window", failing)
-    monkeypatch.setattr(lib.time, "sleep", waited.append)
+    monkeypatch.setattr(lib.remote.time, "sleep", waited.append)
     assert _read([found], S1).valid.all()
     assert waited == [0.5, 2]
     monkeypatch.setattr(lib, "read_window", lambda *a, **k: (_ for _ in ()).throw(RasterioIOError("HTTP 503")))

@@ -208,7 +208,7 @@ def test_shards_are_copied_where_they_cannot_be_linked(samples, tmp_path, monkey
 
 
 def test_folder_of_samples_says_which_rows_it_has(samples):
-    rows = json.loads((samples / folder.ROWS).read_text())
+    rows = json.loads((samples / "modalities.json").read_text())
     assert tuple(from_json(row) for row in rows) == ROWS
     assert "where they lie is unknown" not in (samples / "README.md").read_text()
 
