@@ -46,7 +46,7 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str], kind: str) -
 
 
 def ticks(low: _Number, high: _Number, *, most: int) -> list[float]:
-    """At most ``most`` round numbers from ``low`` to ``high``, and at least one where the range is above 0."""
+    """Round numbers from ``low`` to ``high``, which is above: at most one more than ``most``."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
@@ -60,6 +60,7 @@ def plain(value: _Number) -> str:
 
 
 def longitude(degrees: _Number) -> str:
+    """Degrees with the letter of their hemisphere; ``latitude`` likewise."""
     return f"{plain(abs(degrees))}°{'E' if degrees > 0 else 'W' if degrees < 0 else ''}"
 
 
@@ -84,7 +85,7 @@ def places_map(
       titles: of each place, shown when pointed at; not asked for where places are counted.
       links: from a place to where the page shows it.
     """
-    known = np.isfinite(longitudes) & np.isfinite(latitudes)
+    known = np.isfinite(longitudes)
     if not known.any():
         return ""
     west, east, south, north = _frame(longitudes[known], latitudes[known])

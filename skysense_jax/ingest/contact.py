@@ -58,11 +58,17 @@ class Strip:
 
 @dataclasses.dataclass(frozen=True)
 class Contact:
-    """A sample in pictures: ``strips``, the sharpest modality first, and the label map if there is one."""
+    """A sample in pictures.
+
+    Attributes:
+      strips: the sharpest modality first.
+      labels: the label map, if there is one.
+      classes: what is mapped and its share of the ground, the commonest first.
+    """
 
     strips: Sequence[Strip]
     labels: Strip | None
-    classes: Sequence[tuple[str, float]]  # and their shares, the commonest first; of what is mapped
+    classes: Sequence[tuple[str, float]]
 
 
 def contact(sample: Sample, rows: Sequence[Modality], *, num_dates: int) -> Contact:

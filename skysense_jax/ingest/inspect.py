@@ -65,20 +65,19 @@ def _card(dataset: Dataset, where: Where, found: Suspicions, num_dates: int) -> 
     try:
         sample = dataset.read(where)
     except RecordError as error:
-        return Card(where, split, [*hits, Hit("unreadable", 1.0, "?", *where, str(error))])
+        return Card(where, split, [*hits, Hit("unreadable", 1.0, *where, str(error))])
     return Card(where, split, hits, sample, contact(sample, dataset.rows, num_dates=num_dates))
 
 
 def _map(numbers: Survey, places: pa.Table, cards: Sequence[Card]) -> str:
-    few = len(places) <= charts.MOST_DOTS
-    titles = (
-        [f"{name}, {split}" for name, split in zip(*(places[key].to_pylist() for key in ("id", "split")))]
-        if few
-        else []
-    )
-    anchors = {card.where: f"#{card.anchor}" for card in cards}
-    at = zip(*(places[key].to_pylist() for key in ("shard", "record"))) if few else ()
-    links = {place: anchors[where] for place, where in enumerate(at) if where in anchors}
+    """The map of places, with names and links where each has a mark of its own."""
+    titles, links = [], {}
+    if numbers.placed <= charts.MOST_DOTS:
+        anchors = {card.where: f"#{card.anchor}" for card in cards}
+        for place, row in enumerate(places.to_pylist()):
+            titles.append(f"{row['id']}, {row['split']}")
+            if (row["shard"], row["record"]) in anchors:
+                links[place] = anchors[row["shard"], row["record"]]
     return charts.places_map(numbers.longitudes, numbers.latitudes, numbers.held_out, titles=titles, links=links)
 
 

@@ -6,13 +6,14 @@ another. Next: inspect.py, which gathers what is shown.
 
 import dataclasses
 import html
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.colors import to_hex
 
 from skysense_jax.data.sample import Sample
-from skysense_jax.drawing import label_colours
+from skysense_jax.drawing import NOTHING, label_colours
 from skysense_jax.ingest import charts
 from skysense_jax.ingest.charts import element
 from skysense_jax.ingest.contact import Contact, Strip
@@ -23,6 +24,7 @@ from skysense_jax.ingest.suspicions import KINDS, Hit, Suspicions
 from skysense_jax.modalities import METRES_PER_CELL, OSM
 
 _TITLES = {kind.name: kind.title for kind in KINDS}
+_COLOURS = {"nothing mapped": to_hex(NOTHING)} | dict(zip(OSM.classes, map(to_hex, label_colours(OSM.classes))))
 _MOST_REASONS = 40  # of what came to nothing
 
 
@@ -38,7 +40,8 @@ class Card:
 
     @property
     def anchor(self) -> str:
-        return f"{self.where[0]}.{self.where[1]}"
+        """Its address on the page."""
+        return f"{re.sub(r'[^A-Za-z0-9.-]', '_', self.where[0])}.{self.where[1]}"
 
 
 def page(
@@ -122,15 +125,15 @@ def _summary(dataset: Dataset, survey: Survey) -> str:
 
 
 def _places(survey: Survey, places: str) -> str:
-    lost = int((~np.isfinite(survey.longitudes)).sum())
+    lost = len(survey.longitudes) - survey.placed
     told = f"{_many(lost, 'sample')} without a position." if lost else ""
     if not places:
         return element("p", told or "No sample has a position.")
     keys = element("span", class_="key train") + "to train on" + element("span", class_="key held") + "held out"
     keys += (
         ". Outlined: shown below. Point at a place for its name."
-        if len(survey.longitudes) <= charts.MOST_DOTS
-        else (". The darker, the more places; point at a square for their number.")
+        if survey.placed <= charts.MOST_DOTS
+        else ". The darker, the more places; point at a square for their number."
     )
     return element("figure", places + element("figcaption", f"{keys} {told}"))
 
@@ -157,7 +160,7 @@ def _suspicions(dataset: Dataset, found: Suspicions, cards: Sequence[Card]) -> s
 
 
 def _name(card: Card) -> str:
-    return card.sample.id if card.sample is not None else card.anchor
+    return card.sample.id if card.sample is not None else f"{card.where[0]}, record {card.where[1]}"
 
 
 def _samples(suspicious: Sequence[Card], drawn: Sequence[Card]) -> str:
@@ -169,13 +172,7 @@ def _samples(suspicious: Sequence[Card], drawn: Sequence[Card]) -> str:
     parts = [toggle, element("p", text, class_="faint")]
     for title, cards in (("Suspicious samples first", suspicious), ("Samples drawn by a hash of their name", drawn)):
         if cards:
-            parts.append(
-                element(
-                    "h3",
-                    title,
-                )
-                + "".join(_card(card) for card in cards)
-            )
+            parts.append(element("h3", title) + "".join(_card(card) for card in cards))
     return "".join(parts)
 
 
@@ -196,8 +193,18 @@ def _card(card: Card) -> str:
     strips = [] if card.contact is None else [*card.contact.strips[:1], card.contact.labels, *card.contact.strips[1:]]
     shown = [strip for strip in strips if strip is not None]
     content = "".join(_strip(strip) for strip in shown)
-    body = head + element("div", content, class_="strips")
+    body = head + element("div", content, class_="strips") + (_legend(card.contact) if card.contact else "")
     return element("article", body, class_="sample", id=card.anchor)
+
+
+def _legend(contact: Contact) -> str:
+    """Colours and shares of the classes of a sample's label map."""
+    entries = [element("li", f"{_class(name)} {share:.0%}") for name, share in contact.classes]
+    return element("ul", "".join(entries), class_="legend", aria_label="Classes of the map") if entries else ""
+
+
+def _class(name: str) -> str:
+    return element("span", class_="swatch", style=f"background:{_COLOURS[name]}") + name.replace("_", " ")
 
 
 def _strip(strip: Strip) -> str:
@@ -321,13 +328,11 @@ def _months(name: str, of: OfRow) -> str:
 def _classes(survey: Survey) -> str:
     if not survey.mapped:
         return element("p", "No sample has a label map.")
-    total, colours = survey.class_pixels.sum(), ["#d1d1d1", *map(to_hex, label_colours(OSM.classes))]
-    rows = []
-    for place, name in enumerate(("nothing mapped", *OSM.classes)):
+    total, rows = survey.class_pixels.sum(), []
+    for place, name in enumerate(_COLOURS):
         share = survey.class_pixels[place] / total
-        swatch = element("span", class_="swatch", style=f"background:{colours[place]}")
         meter = element("span", class_="meter", style=f"width:{share:.1%}") if share else ""
-        rows.append([swatch + name.replace("_", " "), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
+        rows.append([_class(name), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
     without = len(survey.longitudes) - survey.mapped
     caption = f"{_many(survey.mapped, 'label map')}" + (f"; {_many(without, 'sample')} without one" if without else "")
     return table(

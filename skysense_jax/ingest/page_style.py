@@ -53,6 +53,8 @@ svg .own-mean { stroke: var(--held); stroke-width: 2; stroke-dasharray: 4 2; }
 .sample { margin: 0 0 1rem; }
 .sample p { margin: .15rem 0; font-size: .85rem; }
 .reasons { margin: .3rem 0; padding-left: 1.1rem; font-size: .9rem; color: var(--warn); }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .4rem 0 0; padding: 0;
+  font-size: .8rem; }
 .strips { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; }
 .strips > div { max-width: 100%; }
 h5 { font-size: .8rem; margin: .3rem 0 .15rem; }

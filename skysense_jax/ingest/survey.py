@@ -73,6 +73,11 @@ class Survey:
     class_samples: Int64[np.ndarray, "L"]
     rejected: Mapping[tuple[str, str], int]
 
+    @property
+    def placed(self) -> int:
+        """How many samples have a position."""
+        return int(np.isfinite(self.longitudes).sum())
+
 
 def survey(dataset: Dataset, together: Mapping[str, Look]) -> Survey:
     """The numbers of a dataset. ``together``: what ``suspicions.look`` says of its figures."""

@@ -27,7 +27,8 @@ _FIRST_DAYS = {  # of the satellites
     "s1": int(np.datetime64("2014-04-03", "D").astype(int)),
     "s2": int(np.datetime64("2015-06-23", "D").astype(int)),
 }
-_PLACE = r"^(\d{5})_(-?\d+)_(-?\d+)$"  # names that ingest.plan gives: UTM zone, west, north
+# Names that ingest.plan gives: UTM zone, west, north.
+_PLACE = re.compile(r"(32[67](?:0[1-9]|[1-5]\d|60))_(-?\d+)_(-?\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Hit:
 
     kind: str
     figure: float
-    id: str
     shard: str
     record: int
     told: str
@@ -140,10 +140,10 @@ class Suspicions:
             return
         self.counts[kind] = self.counts.get(kind, 0) + len(rows)
         rows = rows[np.argsort(-figures[rows], kind="stable")][: self._keep]
-        of = {name: batch[name].take(pa.array(rows)).to_pylist() for name in ("id", "shard", "record")}
+        shards, records = (batch[name].take(pa.array(rows)).to_pylist() for name in ("shard", "record"))
         hits = [
-            Hit(kind, float(figures[row]), *where, told(int(row)))
-            for row, where in zip(rows, zip(of["id"], of["shard"], of["record"]))
+            Hit(kind, float(figures[row]), shard, record, told(int(row)))
+            for row, shard, record in zip(rows, shards, records)
         ]
         worst = sorted([*self._worst.get(kind, ()), *hits], key=lambda hit: (-hit.figure, hit.shard, hit.record))
         self._worst[kind] = worst[: self._keep]
@@ -176,15 +176,14 @@ def of_index(index: pa.dataset.Dataset, found: Suspicions) -> None:
         found.add("namesakes", ids, num > 1, num, lambda row: f"samples with its name: {num[row]:.0f}")
     for batch in index.to_batches(columns=["id", "shard", "record", "longitude", "latitude", "classes"]):
         _elsewhere(batch, found)
-        mapped = np.array([classes is not None and not any(classes[1:]) for classes in batch["classes"].to_pylist()])
-        if mapped.any():
-            ones = np.ones(len(mapped))
-            found.add("empty_map", batch, mapped, ones, lambda row: "its label map has nothing on it")
+        maps = batch["classes"].to_pylist()
+        empty = np.array([classes is not None and not any(classes[1:]) for classes in maps], bool)
+        found.add("empty_map", batch, empty, np.ones(len(empty)), lambda row: "its label map has nothing on it")
 
 
 def _elsewhere(batch: pa.RecordBatch, found: Suspicions) -> None:
     """Samples whose position is not that of the square of the grid that their name gives."""
-    names = [re.match(_PLACE, name) for name in batch["id"].to_pylist()]
+    names = [_PLACE.fullmatch(name) for name in batch["id"].to_pylist()]
     longitudes, latitudes = _numbers(batch["longitude"]), _numbers(batch["latitude"])
     placed = np.array([name is not None for name in names]) & np.isfinite(longitudes) & np.isfinite(latitudes)
     km = np.zeros(len(names))
@@ -294,8 +293,7 @@ def _unit(columns: Mapping[str, np.ndarray], row: Modality, i: int) -> str:
 
 def _of_means(batch: pa.RecordBatch, row: Modality, found: Suspicions) -> None:
     """Means of bands against the modality table, and against each other."""
-    known = pc.is_valid(batch["mean"])
-    some = batch.filter(known)
+    some = batch.filter(pc.is_valid(batch["mean"]))
     if not len(some):
         return
     means = some["mean"].flatten().to_numpy(zero_copy_only=False).reshape(-1, row.num_bands).astype(float)
