@@ -186,10 +186,24 @@ def test_api_that_stays_dead_is_listed_and_the_other_sources_go_on(served, tmp_p
     assert all(entry["reason"].startswith("unreachable: no answer of a STAC catalogue") for entry in files)
 
 
-def test_file_whose_server_breaks_off_or_is_away_for_a_while_is_asked_for_again(tmp_path):
+@pytest.fixture
+def begin():
+    """Makes servers that end with the test."""
+    begun = []
+
+    def server(folder, **options):
+        begun.append(Server(folder, **options))
+        return begun[-1]
+
+    yield server
+    for one in begun:
+        one.end()
+
+
+def test_file_whose_server_breaks_off_or_is_away_for_a_while_is_asked_for_again(tmp_path, begin):
     numbers = np.random.default_rng(0).integers(0, 9999, (1024, 1024)).astype(np.uint16)
     _cog(tmp_path / "a.tif", numbers)
-    server, tries = Server(tmp_path), []
+    server, tries = begin(tmp_path), []
     address = f"{server.root}/files/a.tif"
 
     def read():
@@ -213,10 +227,9 @@ def test_file_whose_server_breaks_off_or_is_away_for_a_while_is_asked_for_again(
             pass
         assert remote.reason(told.value).startswith("unreachable: ")
     (tmp_path / "a.tif").rename(tmp_path / "b.tif")
-    server = Server(tmp_path, port=server.root.rpartition(":")[2])
+    begin(tmp_path, port=server.root.rpartition(":")[2])
     with remote.again(lambda: opened(other).__enter__()) as file:
         assert file.shape == (1024, 1024)
-    server.end()
 
 
 # ---- signatures
