@@ -120,12 +120,12 @@ def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Ra
 @contextlib.contextmanager
 def opened(path: str | pathlib.Path) -> Iterator[rasterio.DatasetReader]:
     """A context with the open file; one without a place gives no warning, as callers refuse it in their own words."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(remote.environment(path))
+    with remote.environment(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            file = stack.enter_context(rasterio.open(path))
-        yield file
+            file = rasterio.open(path)
+        with remote.told(path), file:
+            yield file
 
 
 def _read(source: rasterio.DatasetReader, bands: Sequence[int], window: Window, *, masked: bool) -> Raster:

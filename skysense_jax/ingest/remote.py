@@ -12,10 +12,11 @@ import os
 import re
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import rasterio
+from rasterio.errors import RasterioIOError
 
 from skysense_jax.data.shards import RETRY_AFTER_S
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
@@ -26,8 +27,11 @@ SIGNERS = (PLANETARY_COMPUTER,)
 
 _T = TypeVar("_T")
 Sign = Callable[[str], str]  # an address to the one to open now
-_OF_SERVERS = re.compile(r"HTTP|CURL|timed? ?out|resolve host|connection", re.IGNORECASE)
-_GONE = re.compile("No such file|does not exist in the file system")
+_BROKEN_OFF = "the server broke off"
+_OF_SERVERS = re.compile(
+    rf"HTTP|CURL|timed? ?out|resolve host|connection|does not exist in the file system|{_BROKEN_OFF}", re.IGNORECASE
+)
+_GONE = re.compile("No such file")
 _ADDRESS = re.compile(r"\S+://\S+")
 _OPTIONS = {
     "GDAL_HTTP_CONNECTTIMEOUT": "10",  # seconds
@@ -49,6 +53,17 @@ def environment(path: str | os.PathLike) -> contextlib.AbstractContextManager[An
     if not is_remote(path):
         return contextlib.nullcontext()
     return rasterio.Env(**{key: value for key, value in _OPTIONS.items() if key not in os.environ})
+
+
+@contextlib.contextmanager
+def told(path: str | os.PathLike) -> Iterator[None]:
+    """A context in which a failure in the midst of a server's file says that it is the server's: GDAL does not."""
+    try:
+        yield
+    except RasterioIOError as error:
+        if not is_remote(path):
+            raise
+        raise RasterioIOError(f"{_BROKEN_OFF}: {error}") from error
 
 
 def again(read: Callable[[], _T]) -> _T:
@@ -90,11 +105,12 @@ def signer(name: str) -> Sign:
     """The signer of this name; that of "" changes nothing.
 
     Raises:
-      ValueError: its package is missing.
+      ValueError: there is none, or its package is missing.
     """
     if not name:
         return str
-    assert name == PLANETARY_COMPUTER, name
+    if name not in SIGNERS:
+        raise ValueError(f"sign = {name!r}; wanted one of {SIGNERS}")
     try:
         import planetary_computer  # an extra
     except ModuleNotFoundError as error:

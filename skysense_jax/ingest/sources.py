@@ -75,7 +75,6 @@ _WORDS = {
     ("s1", "orbit"): ("ascending", "descending"),
     ("stac", "unit"): ("linear", "dB"),
     ("stac", "modality"): ("s2", "s1"),
-    ("stac", "sign"): remote.SIGNERS,
 }
 
 
@@ -178,10 +177,11 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
     if entry["kind"] == "image" and entry.get("modality") in _OWN_KINDS:
         raise ValueError(f"{where}: modality = {entry['modality']!r}; wanted kind = {_OWN_KINDS[entry['modality']]}")
     try:
-        stac.interval(entry.get("dates", "2022"))
         remote.signer(entry.get("sign", ""))
+        if "dates" in entry:
+            stac.interval(entry["dates"])
     except ValueError as error:
-        raise ValueError(f"{where}: dates = {entry.get('dates')!r}, sign = {entry.get('sign')!r}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     for kind, field, why in _NEEDED:
         if entry["kind"] == kind and field not in entry:
             raise ValueError(f"{where}: {field} is missing: {why}")
@@ -208,7 +208,7 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
             of_catalogue, refused = stac.find(str(href), source=source.name, **source.options)
             found += of_catalogue
             rejected += refused
-        return found, rejected
+        return sorted(found, key=lambda acquisition: acquisition.id), rejected
     for name, read in _readers(source, rows):
         try:
             found.append(read())

@@ -89,13 +89,10 @@ def interval(text: str) -> Interval:
       ValueError: the text says none.
     """
     parts = text.split("/")
-    try:
-        spans = [Interval() if len(parts) == 2 and part in ("", "..") else _span(part) for part in parts]
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
+    spans = [Interval() if len(parts) == 2 and part in ("", "..") else _span(part) for part in parts]
     found = Interval(spans[0].begin, spans[-1].end)
     if len(parts) > 2 or found == Interval() or (found.begin and found.end and found.begin >= found.end):
-        raise ValueError(f"{text!r}: no time, or one that ends before it begins")
+        raise ValueError(f"{text!r} is no time, or one that ends before it begins")
     return found
 
 

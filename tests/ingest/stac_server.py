@@ -1,13 +1,13 @@
 """A server for tests, in a process of its own: a STAC API over items of a folder, files with ranges, and signatures.
 
-python stac_server.py FOLDER     prints its port, then serves 127.0.0.1 until it is ended
+``python stac_server.py FOLDER PORT`` prints its port (0: any free one) and serves 127.0.0.1 until it is ended.
 
-/api                     a STAC API (item search) over FOLDER/items/*.json, one item a page
-/files/NAME              FOLDER/NAME, whole or in ranges
-/sas/ACCOUNT/CONTAINER   a token as the Planetary Computer gives it
-http://ACCOUNT.blob.core.windows.net/NAME  (asked for as of a proxy) FOLDER/NAME, with the latest token only
-/control/fail?path=P&times=N    the next N requests of paths that begin with P are answered 503
-/control/log             all requests so far
+- /api: a STAC API (item search) over FOLDER/items/*.json, one item a page.
+- /files/NAME, /store/NAME, /bucket/NAME: FOLDER/NAME, whole or in ranges.
+- /sas/ACCOUNT/CONTAINER: a token as the Planetary Computer gives it.
+- http://ACCOUNT.blob.core.windows.net/NAME (asked for as of a proxy): FOLDER/NAME, with the latest token only.
+- /control/fail?path=P&times=N: the next N requests of paths that begin with P are answered 503.
+- /control/log: all requests so far.
 """
 
 import datetime
@@ -130,6 +130,6 @@ def matches(item, asked):
 
 
 if __name__ == "__main__":
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -15,6 +15,7 @@ import requests
 import shapely
 import shapely.geometry
 from rasterio.crs import CRS
+from rasterio.errors import RasterioIOError
 from rasterio.transform import from_origin
 
 from skysense_jax.data.records import RecordSource
@@ -36,9 +37,9 @@ TIMES = {  # of items beside the two with files
 
 
 class Server:
-    def __init__(self, folder):
-        script = pathlib.Path(__file__).with_name("stac_server.py")
-        self._run = subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True)
+    def __init__(self, folder, port="0"):
+        command = [sys.executable, str(pathlib.Path(__file__).with_name("stac_server.py")), str(folder), port]
+        self._run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.root = f"http://127.0.0.1:{int(self._run.stdout.readline())}"
 
     def control(self, what):
@@ -185,6 +186,52 @@ def test_api_that_stays_dead_is_listed_and_the_other_sources_go_on(served, tmp_p
     assert all(entry["reason"].startswith("unreachable: no answer of a STAC catalogue") for entry in files)
 
 
+@pytest.fixture
+def begin():
+    """Makes servers that end with the test."""
+    begun = []
+
+    def server(folder, **options):
+        begun.append(Server(folder, **options))
+        return begun[-1]
+
+    yield server
+    for one in begun:
+        one.end()
+
+
+def test_file_whose_server_breaks_off_or_is_away_for_a_while_is_asked_for_again(tmp_path, begin):
+    numbers = np.random.default_rng(0).integers(0, 9999, (1024, 1024)).astype(np.uint16)
+    _cog(tmp_path / "a.tif", numbers)
+    server, tries = begin(tmp_path), []
+    address = f"{server.root}/files/a.tif"
+
+    def read():
+        tries.append(address)
+        with opened(address) as file:
+            if len(tries) == 1:  # behind the header
+                server.control("fail?path=/files/a.tif&times=1000")
+            if len(tries) == 2:
+                server.control("fail?path=/files/a.tif&times=0")
+            return file.read(1)
+
+    with pytest.raises(RasterioIOError, match="the server broke off: Read failed") as told:
+        read()
+    assert remote.reason(told.value).startswith("unreachable: the server broke off")
+    np.testing.assert_array_equal(remote.again(read), numbers)
+    tries.clear()
+    server.end()
+    other = f"{server.root}/files/b.tif"
+    for _ in range(2):  # the second time GDAL says of what it remembers that there is no such file
+        with pytest.raises(RasterioIOError) as told, opened(other):
+            pass
+        assert remote.reason(told.value).startswith("unreachable: ")
+    (tmp_path / "a.tif").rename(tmp_path / "b.tif")
+    begin(tmp_path, port=server.root.rpartition(":")[2])
+    with remote.again(lambda: opened(other).__enter__()) as file:
+        assert file.shape == (1024, 1024)
+
+
 # ---- signatures
 
 
@@ -254,8 +301,8 @@ def test_list_with_an_unknown_signer_or_date_is_refused(served, tmp_path, capsys
     _, server = served
     for more, told in (
         (dict(sign="os:system"), "sign = 'os:system'; wanted one of ('planetary_computer',)"),
-        (dict(dates="June"), "dates = 'June'"),
-        (dict(dates="2022-06-30/2022-06-01"), "'2022-06-30/2022-06-01': no time, or one that ends before it begins"),
+        (dict(dates="June"), "source 'a': 'June' is no year, month, day or time"),
+        (dict(dates="2022-06-30/2022-06-01"), "'2022-06-30/2022-06-01' is no time, or one that ends before it begins"),
     ):
         with pytest.raises(SystemExit):
             _planned(tmp_path, _source("a", f"{server.root}/api", "s2", **more))
