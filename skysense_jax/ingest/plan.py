@@ -97,6 +97,7 @@ def plan(
         acquisitions_lib.write(found, unfinished / ACQUISITIONS)
         places.write(chosen, unfinished / PLACES)
         labels.write(mapped, unfinished / LABELS)
+        rejected += _elsewhere(labels.LabelMaps(unfinished / LABELS, coverages), chosen, coverages)
         facts = {
             "sources": [dict(name=s.name, kind=s.kind, licence=s.licence) for s in listed.sources],
             "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
@@ -133,6 +134,16 @@ def _read_labels(
         rejected += [Rejected("file", name, reason) for reason in lost]
         mapped.append((name, features))
         coverages.append(labels.Coverage(name, bounds))
+
+
+def _elsewhere(maps: labels.LabelMaps, chosen: Sequence[Place], coverages: Sequence[labels.Coverage]) -> list[Rejected]:
+    """The label maps that cover no place."""
+    unseen = {coverage.source for coverage in coverages}
+    for place in chosen:
+        if not unseen:
+            break
+        unseen.difference_update(maps.covering(place.square))
+    return [Rejected("file", name, "it covers none of the places that were chosen") for name in sorted(unseen)]
 
 
 def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice: Choice) -> list[Place]:
