@@ -18,10 +18,24 @@ from skysense_jax.data.sample import UNDATED
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One band of one file: a path or URL that GDAL opens, and the band's number there, from 1."""
+    """One band of one file.
+
+    Attributes:
+      path: or a URL that GDAL opens.
+      band: its number there, from 1.
+      variable: of a NetCDF or HDF5 file, whose plane ``index`` it is (the axes before rows and columns); else empty.
+      scale, add: its numbers times and plus these are in the row's unit, but for an offset of the acquisition.
+      crs, transform: where it lies, if the file does not say it as GDAL reads it.
+    """
 
     path: str
     band: int = 1
+    variable: str = ""
+    index: tuple[int, ...] = ()
+    scale: float = 1.0
+    add: float = 0.0
+    crs: str = ""
+    transform: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Acquisition:
       bounds: west, south, east, north of what its files cover, degrees; west > east where it crosses 180 degrees.
       layers: a file and a band for each band of the row, by the row's names.
       classes: Sentinel-2's scene classification, which tells clouds.
+      clouds: probabilities of what hides the ground, percent.
       day: since 1970-01-01, or ``UNDATED``.
       orbit: of Sentinel-1, one of ``data.sample.ORBITS``.
       offset: what to subtract from its numbers.
@@ -48,6 +63,7 @@ class Acquisition:
     bounds: tuple[float, float, float, float]
     layers: Mapping[str, Layer]
     classes: Layer | None = None
+    clouds: tuple[Layer, ...] = ()
     day: int = UNDATED
     orbit: str = "unknown"
     offset: int = 0
@@ -69,7 +85,7 @@ class Rejected:
     reason: str
 
 
-_JSON = ("layers", "classes")
+_JSON = ("layers", "classes", "clouds")
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("id", "source", "modality", "orbit", "unit", *_JSON)),
@@ -81,9 +97,17 @@ SCHEMA = pa.schema(
 
 def write(acquisitions: Iterable[Acquisition], path: pathlib.Path) -> None:
     """Writes a Parquet table of them, in their order."""
-    rows = [dataclasses.asdict(acquisition) for acquisition in acquisitions]
-    rows = [{**row, **{name: json.dumps(row[name]) for name in _JSON}} for row in rows]
+    rows = [{**vars(a), **{name: json.dumps(vars(a)[name], default=_told) for name in _JSON}} for a in acquisitions]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+
+
+def _told(layer: Layer) -> dict[str, Any]:
+    """The fields that are not as they are by default: of a raster its path, and of most the band."""
+    return {
+        field.name: getattr(layer, field.name)
+        for field in dataclasses.fields(Layer)
+        if getattr(layer, field.name) != field.default
+    }
 
 
 def read(path: pathlib.Path) -> list[Acquisition]:
@@ -92,13 +116,18 @@ def read(path: pathlib.Path) -> list[Acquisition]:
 
 
 def _acquisition(row: Mapping[str, Any]) -> Acquisition:
-    layers, classes = (json.loads(row[name]) for name in _JSON)
+    layers, classes, clouds = (json.loads(row[name]) for name in _JSON)
     return Acquisition(
         **{key: value for key, value in row.items() if key not in (*_JSON, "bounds")},
         bounds=tuple(row["bounds"]),
-        layers={name: Layer(**layer) for name, layer in layers.items()},
-        classes=classes and Layer(**classes),
+        layers={name: _layer(layer) for name, layer in layers.items()},
+        classes=classes and _layer(classes),
+        clouds=tuple(_layer(layer) for layer in clouds),
     )
+
+
+def _layer(told: Mapping[str, Any]) -> Layer:
+    return Layer(**{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
 
 
 def by_date(acquisitions: Sequence[Acquisition]) -> list[list[Acquisition]]:

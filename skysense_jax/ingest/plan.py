@@ -96,6 +96,7 @@ def plan(
         places.write(chosen, unfinished / PLACES)
         coverages, refused = _write_labels(maps, legends, chosen, unfinished / LABELS)
         rejected += refused
+        rejected += _elsewhere(labels.LabelMaps(unfinished / LABELS, coverages), chosen, coverages)
         facts = {
             "sources": [_facts(source) for source in listed.sources],
             "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
@@ -163,6 +164,16 @@ def _read_labels(
         told = f"{num_refused} of its {len(source.files)} files cannot be read: it covers nothing"
         return [], [*rejected, Rejected("source", source.name, told)]
     return [labels.Coverage(source.name, polygons.bounds, polygons.wkt)], rejected
+
+
+def _elsewhere(maps: labels.LabelMaps, chosen: Sequence[Place], coverages: Sequence[labels.Coverage]) -> list[Rejected]:
+    """The label maps that cover no place."""
+    unseen = {coverage.source for coverage in coverages}
+    for place in chosen:
+        if not unseen:
+            break
+        unseen.difference_update(maps.covering(place.square))
+    return [Rejected("file", name, "it covers none of the places that were chosen") for name in sorted(unseen)]
 
 
 def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice: Choice) -> list[Place]:

@@ -1,29 +1,21 @@
-"""Georeferenced rasters on the cell grid: reading, choosing the cells of a sample, resampling to a row of the table.
+"""Georeferenced rasters on the cell grid: choosing the cells of a sample, resampling to a row of the table.
 
 A cell is a 10 m square of UTM ground whose corners are multiples of 10 m, as Sentinel-2 pixels are. Whatever has no
 UTM coordinates is brought into the UTM zone of its centre; what says nothing about where it lies is refused.
-Read next: samples.py (who calls this), sentinel.py (units of the Sentinel sensors).
+Read next: windows.py (what reads them), sentinel.py (units of the Sentinel sensors).
 """
 
-import contextlib
 import dataclasses
 import math
-import pathlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rasterio
 import rasterio.warp
 from jaxtyping import Bool, Float, Shaped
 from rasterio.crs import CRS
-from rasterio.enums import MaskFlags
-from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
-from rasterio.windows import Window
 
-from skysense_jax.ingest import remote
 from skysense_jax.modalities import METRES_PER_CELL
 
 MAX_STRETCH = 2.0  # of a native pixel; coarser imagery belongs into another row of the table
@@ -97,70 +89,6 @@ def lon_lat(x: float, y: float, crs: CRS) -> tuple[float, float]:
     """(longitude, latitude) in degrees of a point in ``crs``."""
     (longitude,), (latitude,) = rasterio.warp.transform(crs, CRS.from_epsg(4326), [x], [y])
     return longitude, latitude
-
-
-def read_raster(path: pathlib.Path, *, bands: Sequence[int] | None = None) -> Raster:
-    """The bands (numbered from 1, in this order; all if None) of a file that says where it lies.
-
-    Only a nodata value makes pixels invalid (where every band has it), never an alpha channel: GDAL takes the
-    fourth band of aerial imagery for one.
-
-    Raises:
-      Refused: no coordinate system, or fewer bands.
-    """
-    with opened(path) as source:
-        if source.crs is None:
-            raise Refused("no coordinate system: where it lies and the size of its pixels are unknown")
-        bands = list(bands or range(1, source.count + 1))
-        if max(bands) > source.count:
-            raise Refused(f"{source.count} bands; wanted {max(bands)} or more")
-        return _read(source, bands, Window(0, 0, source.width, source.height), masked=True)
-
-
-@contextlib.contextmanager
-def opened(path: str | pathlib.Path) -> Iterator[rasterio.DatasetReader]:
-    """A context with the open file; one without a place gives no warning, as callers refuse it in their own words."""
-    with remote.environment(path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            file = rasterio.open(path)
-        with remote.told(path), file:
-            yield file
-
-
-def _read(source: rasterio.DatasetReader, bands: Sequence[int], window: Window, *, masked: bool) -> Raster:
-    """A window of a file; ``masked``: what its nodata value or its own mask hides is invalid.
-
-    JPEG imagery has such a mask for its collar. An alpha channel is none.
-    """
-    pixels = np.moveaxis(source.read(list(bands), window=window), 0, -1)
-    whole_numbers = pixels.dtype.kind in "ui"
-    valid = np.ones(pixels.shape[:2], bool) if whole_numbers else np.isfinite(pixels).all(-1)
-    if masked and source.nodata is not None:
-        valid &= (pixels != source.nodata).any(-1)
-    flags = source.mask_flag_enums[bands[0] - 1]
-    if masked and MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
-        valid &= source.read_masks(bands[0], window=window) > 0
-    return Raster(pixels=pixels, valid=valid, transform=source.window_transform(window), crs=source.crs)
-
-
-def read_window(
-    path: str | pathlib.Path, square: Square, *, bands: Sequence[int], masked: bool = True
-) -> Raster | None:
-    """What a file has of the ground of ``square`` and a few pixels around it; None if nothing.
-
-    ``masked``: pixels with the file's nodata value in every band, or hidden by its mask, are invalid.
-    """
-    with opened(path) as source:
-        bounds = rasterio.warp.transform_bounds(square.crs, source.crs, *square.bounds)
-        inverse = ~source.transform
-        columns, rows = zip(inverse * (bounds[0], bounds[3]), inverse * (bounds[2], bounds[1]))
-        left, top = max(math.floor(columns[0]) - _MARGIN, 0), max(math.floor(rows[0]) - _MARGIN, 0)
-        right = min(math.ceil(columns[1]) + _MARGIN, source.width)
-        bottom = min(math.ceil(rows[1]) + _MARGIN, source.height)
-        if left >= right or top >= bottom:
-            return None
-        return _read(source, bands, Window(left, top, right - left, bottom - top), masked=masked)
 
 
 def nearest(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int) -> Shaped[np.ndarray, "H W"]:
@@ -294,7 +222,7 @@ def _on_one_grid(rasters: Sequence[Raster]) -> list[Raster]:
 
 def _offset(one: Affine, other: Affine) -> tuple[int, int] | None:
     """Row and column in the first grid of the second one's corner, None if they are not the same pixels."""
-    column, row = ~one * (other.c, other.f)
+    column, row = ~one @ (other.c, other.f)
     scale = max(abs(other.a / one.a - 1), abs(other.e / one.e - 1))
     if scale > 1e-9 or max(abs(row - round(row)), abs(column - round(column))) > 1e-4:
         return None
@@ -313,7 +241,7 @@ def _put_together(first: Raster, second: Raster, row: int, column: int) -> Raste
         here = tuple(slice(low, low + size) for low, size in zip(corner, raster.valid.shape))
         pixels[here] = np.where(raster.valid[..., None], raster.pixels, pixels[here])
         valid[here] |= raster.valid
-    transform = first.transform * Affine.translation(start[1], start[0])
+    transform = first.transform @ Affine.translation(start[1], start[0])
     return dataclasses.replace(first, pixels=pixels, valid=valid, transform=transform)
 
 
@@ -361,7 +289,7 @@ def _covers(raster: Raster, square: Square) -> bool:
     along = np.linspace(0, 1, 21)
     xs = np.concatenate([west + along * (east - west)] * 2 + [np.full(21, west), np.full(21, east)])
     ys = np.concatenate([np.full(21, south), np.full(21, north)] + [south + along * (north - south)] * 2)
-    columns, rows = ~raster.transform * np.array(
+    columns, rows = ~raster.transform @ np.array(
         rasterio.warp.transform(square.crs, raster.crs, xs.tolist(), ys.tolist())
     )
     height, width = raster.valid.shape
@@ -386,7 +314,7 @@ def native_gsd_m(raster: Raster, crs: CRS) -> float:
 def pixel_size_m(transform: Affine, shape: tuple[int, int], crs: CRS, zone: CRS) -> float:
     """The same of an image of ``shape`` rows and columns in ``crs``."""
     row, column = shape[0] / 2, shape[1] / 2
-    places = [transform * place for place in ((column, row), (column + 1, row), (column, row + 1))]
+    places = [transform @ place for place in ((column, row), (column + 1, row), (column, row + 1))]
     xs, ys = rasterio.warp.transform(crs, zone, *map(list, zip(*places)))
     return max(math.hypot(xs[i] - xs[0], ys[i] - ys[0]) for i in (1, 2))
 

@@ -21,11 +21,11 @@ from skysense_jax.ingest.rasters import (
     Square,
     native_gsd_m,
     own_cells,
-    read_raster,
     resample,
     whole_cells,
 )
 from skysense_jax.ingest.read_sentinel import Item, aerial_series, single
+from skysense_jax.ingest.windows import read_raster
 from skysense_jax.modalities import Modality
 
 

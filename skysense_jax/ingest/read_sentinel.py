@@ -26,9 +26,9 @@ from skysense_jax.ingest.rasters import (
     double,
     native_gsd_m,
     nearest_cells,
-    read_raster,
     resample,
 )
+from skysense_jax.ingest.windows import read_raster
 from skysense_jax.modalities import MODALITIES
 
 S2_BANDS = MODALITIES["s2"].bands

@@ -127,7 +127,8 @@ def signed(acquisition: Acquisition, sign: Sign) -> Acquisition:
     """The acquisition with addresses to open now; raises OSError where the signer does not answer."""
     layers = {name: signed_layer(layer, sign) for name, layer in acquisition.layers.items()}
     classes = acquisition.classes and signed_layer(acquisition.classes, sign)
-    return dataclasses.replace(acquisition, layers=layers, classes=classes)
+    clouds = tuple(signed_layer(layer, sign) for layer in acquisition.clouds)
+    return dataclasses.replace(acquisition, layers=layers, classes=classes, clouds=clouds)
 
 
 def signed_layer(layer: Layer, sign: Sign) -> Layer:

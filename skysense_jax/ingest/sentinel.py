@@ -19,7 +19,26 @@ BASELINE_OFFSET = 1000  # in the numbers of processing baseline 04.00 and later
 S1_FLOOR_DB = -50.0  # below any echo; IW's noise lies at about -25 dB
 HIDDEN_PERCENT = 10  # cloud or snow probability from which the ground counts as hidden
 
+# Names of bands by band of the row: Sentinel's own, and the common names.
+NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "s2": dict(
+        B2=("B02", "blue"),
+        B3=("B03", "green"),
+        B4=("B04", "red"),
+        B5=("B05", "rededge1"),
+        B6=("B06", "rededge2"),
+        B7=("B07", "rededge3"),
+        B8=("B08", "nir"),
+        B8A=("B8A", "nir08"),
+        B11=("B11", "swir16"),
+        B12=("B12", "swir22"),
+    ),
+    "s1": dict(VV=("VV",), VH=("VH",)),
+}
+CLASSES = "SCL"  # Level-2A's scene classification
+
 _FIRST_OFFSET_BASELINE = 4.0
+_MOST_LINEAR = 1e3  # linear backscatter of IW; digital numbers of amplitudes are in the hundreds on average
 NOT_DARK = 900  # darkest surfaces of a clear image lie below this, unless the offset is in the numbers
 _SCL_INVALID = (0, 1)  # no data, saturated or defective
 _SCL_HIDDEN = (3, 8, 9, 10, 11)  # cloud shadow, cloud of medium and of high probability, thin cirrus, snow
@@ -46,6 +65,12 @@ def offset_from_product(product_id: str) -> int:
     """What to subtract from the numbers of a Level-2A product, 0 or ``BASELINE_OFFSET``, by its processing baseline.
 
     The baseline decides and not the date: old acquisitions were processed again with later baselines.
+    """
+    return offset_of_baseline(baseline_from_product(product_id))
+
+
+def baseline_from_product(product_id: str) -> float:
+    """The processing baseline in the name of a Level-2A product, such as 4.0.
 
     Raises:
       Refused: no baseline in the name, or not Level-2A.
@@ -53,7 +78,7 @@ def offset_from_product(product_id: str) -> int:
     match = re.match(r"S2[A-Z]_MSI(L\d[A-C])_\d{8}T\d{6}_N(\d{4})_", product_id)
     if match is None or match[1] != "L2A":
         raise Refused(f"product name {product_id!r}; wanted S2?_MSIL2A_<time>_N<baseline>_... of a surface product")
-    return offset_of_baseline(int(match[2]) / 100)
+    return int(match[2]) / 100
 
 
 def offset_from_toa(
@@ -106,6 +131,22 @@ def decibels(power: Num[np.ndarray, "*N"]) -> Num[np.ndarray, "*N"]:
     with np.errstate(divide="ignore", invalid="ignore"):
         db = np.maximum(10 * np.log10(power), S1_FLOOR_DB)
     return np.where(np.isfinite(power) & (power > 0), db, np.nan)
+
+
+def unit_of(numbers: Num[np.ndarray, "N"]) -> str:
+    """ "linear" or "dB", by the range of a radar's numbers that are not nodata; raises Refused if they are neither."""
+    numbers = numbers[numbers != 0]
+    if not len(numbers):
+        raise Refused("no valid pixel")
+    low, middle, high = np.percentile(numbers, (1, 50, 99))
+    if low > 0 and high < _MOST_LINEAR and middle < 10:
+        return "linear"
+    if low >= -60 and middle < 0 and high <= 30:
+        return "dB"
+    raise Refused(
+        f"the unit cannot be told: half of the pixels lie below {middle:.4g}, all but two hundredths from {low:.4g} to "
+        f"{high:.4g}; wanted calibrated linear power or dB (say which: unit = ...), no digital numbers"
+    )
 
 
 def valid_by_scl(scl: UInt8[np.ndarray, "*N"]) -> Bool[np.ndarray, "*N"]:

@@ -2,12 +2,13 @@
 
 Sentinel-1 and -2 go through sentinel.py, which knows their units; any other row is read as it is. A date that is of no
 use is left out with its reason, and the others go on; a band is never filled in.
-Next: rasters.py (how pixels come to cells), build.py (which places).
+Next: windows.py (what is read), rasters.py (how pixels come to cells), build.py (which places).
 """
 
 import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -15,7 +16,7 @@ from rasterio.errors import RasterioError
 
 from skysense_jax.data.sample import Series
 from skysense_jax.ingest import remote, sentinel
-from skysense_jax.ingest.acquisitions import Acquisition, Rejected, by_date
+from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected, by_date
 from skysense_jax.ingest.rasters import (
     Raster,
     Refused,
@@ -24,8 +25,8 @@ from skysense_jax.ingest.rasters import (
     mosaic,
     native_gsd_m,
     nearest,
-    read_window,
 )
+from skysense_jax.ingest.windows import read_window
 from skysense_jax.modalities import Modality
 
 
@@ -125,15 +126,25 @@ def _read_s2(group: Sequence[Acquisition], square: Square, row: Modality) -> Dat
         return dataclasses.replace(raster, pixels=dn - acquisition.offset, valid=raster.valid & all_positive(dn))
 
     date = _date(_read(group, square, row, without_offset), square, row, dtype=np.float32)
-    layers = [acquisition.classes for acquisition in group if acquisition.classes]
-    classes = [read_window(layer.path, square, bands=[layer.band], masked=False) for layer in layers]
-    classes = [raster for raster in classes if raster is not None]
+    on_cells = functools.partial(_nearest, square=square, pixels_per_cell=row.pixels_per_cell)
+    scl = on_cells([acquisition.classes for acquisition in group if acquisition.classes])
+    if scl is not None:
+        valid, hidden = date.valid & sentinel.valid_by_scl(scl), sentinel.hidden_by_scl(scl)
+        date = dataclasses.replace(date, valid=valid, hidden=hidden)
+    for percents in map(on_cells, zip(*(acquisition.clouds for acquisition in group if acquisition.clouds))):
+        date = dataclasses.replace(date, hidden=date.hidden | sentinel.hidden_by_probability(percents))
+    return date
+
+
+def _nearest(layers: Sequence[Layer], square: Square, pixels_per_cell: int) -> np.ndarray | None:
+    """The nearest numbers of what tells clouds; None if there is no such layer. Raises Refused if none reaches here."""
     if not layers:
-        return date
-    if not classes:
-        raise Refused("the scene classification does not reach this place: clouds are not known")
-    scl = nearest(classes, square, pixels_per_cell=row.pixels_per_cell)
-    return dataclasses.replace(date, valid=date.valid & sentinel.valid_by_scl(scl), hidden=sentinel.hidden_by_scl(scl))
+        return None
+    read = [read_window([layer], square, masked=False) for layer in layers]
+    reaching = [raster for raster in read if raster is not None]
+    if not reaching:
+        raise Refused("what tells clouds does not reach this place")
+    return nearest(reaching, square, pixels_per_cell=pixels_per_cell)
 
 
 def _date(
@@ -170,12 +181,13 @@ def _of_one_size(
     acquisition: Acquisition, square: Square, bands: Sequence[str]
 ) -> list[tuple[tuple[str, ...], Raster]]:
     """What an acquisition has of the square: a raster for each size of pixels, and its bands; empty if nothing."""
-    files: dict[str, list[str]] = {}
+    files: dict[Any, list[str]] = {}
     for band in bands:
-        files.setdefault(acquisition.layers[band].path, []).append(band)
+        layer = acquisition.layers[band]
+        files.setdefault((layer.path, layer.crs, layer.transform), []).append(band)
     sizes: dict[float, list[tuple[list[str], Raster]]] = {}
-    for path, names in files.items():
-        raster = read_window(path, square, bands=[acquisition.layers[name].band for name in names])
+    for names in files.values():
+        raster = read_window([acquisition.layers[name] for name in names], square)
         if raster is None:
             return []
         sizes.setdefault(raster.transform.a, []).append((names, raster))

@@ -3,7 +3,7 @@
     [[source]]
     name = "aerial"            # in messages, statistics and the card
     kind = "image"             # one of KINDS
-    files = "aerial/**/*.tif"  # a pattern, from the list's own folder
+    files = "aerial/**/*.tif"  # a pattern, from the list's own folder; or a table of files (tables.py)
     licence = "CC0-1.0"
     modality = "hr"            # "image": the row of the table; further fields: those of the kind's reader
 
@@ -26,7 +26,7 @@ from typing import Any
 import rasterio.errors
 import shapely
 
-from skysense_jax.ingest import geotiffs, ground, osm, remote, safe, stac
+from skysense_jax.ingest import cubes, geotiffs, ground, names, osm, remote, safe, stac, tables
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
 from skysense_jax.modalities import MODALITIES, Modality, select
@@ -43,6 +43,7 @@ class Source:
       root: the folder that the pattern begins in.
       files: what the pattern found, sorted; a catalogue's address as it is.
       options: the other fields.
+      told: by a table, of each file.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Source:
     root: pathlib.Path
     files: tuple[pathlib.Path | str, ...]
     options: Mapping[str, Any]
+    told: Mapping[pathlib.Path, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 # By kind: its further fields, and their types.
@@ -59,23 +61,25 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "s2_safe": {},
     "s2_geotiff": dict(offset=int, bands=list, day_pattern=str),
     "s1": dict(unit=str, orbit=str, day_pattern=str),
+    "cube": {
+        **dict.fromkeys(("modality", "array", "group", "products", "classes", "clouds", "dates"), str),
+        **dict(variables=list, bands=list, cloud_bands=list, scale=float, offset=int),
+        **dict(unit=str, orbit=str, day_pattern=str),
+    },
     "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str, sign=str),
     LABELS: dict(tags=str, coverage=str),
 }
 _NEEDED = (
     ("stac", "modality", "s2 or s1"),
     ("image", "modality", "the row of the table that its images are"),
+    ("cube", "modality", "the row of the table that its bands are"),
     ("s2_geotiff", "offset", f"0, or {BASELINE_OFFSET} where the numbers are those of baseline 04.00 or later"),
 )
 _OWN_KINDS = {"s2": "'s2_safe', 's2_geotiff' or 'stac', which know the offset", "s1": "'s1', which knows the unit"}
 _ALWAYS = ("name", "kind", "files", "licence")
-_WORDS = {
-    ("s2_geotiff", "offset"): (0, BASELINE_OFFSET),
-    ("s1", "unit"): ("linear", "dB"),
-    ("s1", "orbit"): ("ascending", "descending"),
-    ("stac", "unit"): ("linear", "dB"),
-    ("stac", "modality"): ("s2", "s1"),
-}
+_PLACED = ("image", "s2_geotiff", "s1", "cube")  # the kinds whose files a table may tell day and place of
+_WORDS = dict(offset=(0, BASELINE_OFFSET), unit=("linear", "dB"), orbit=("ascending", "descending"))
+_ONLY_OF = dict(offset="s2", classes="s2", clouds="s2", unit="s1", orbit="s1")  # fields of a cube by its modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +160,30 @@ def rows_with(new: Sequence[Mapping[str, Any]]) -> tuple[Modality, ...]:
 
 def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
     where = f"--sources: {path}, source {entry.get('name', '?')!r}"
+    _check_types(entry, where)
+    _check_values(entry, where)
+    name, kind, licence = entry["name"], entry["kind"], entry["licence"]
+    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
+    options |= {field: float(value) for field, value in options.items() if KINDS[kind][field] is float}
+    if kind == "stac" and "://" in entry["files"]:
+        return Source(name, kind, licence, pathlib.Path(), (entry["files"],), options)
+    pattern = pathlib.Path(entry["files"]).expanduser()
+    root = pathlib.Path(pattern.anchor) if pattern.is_absolute() else path.resolve().parent
+    files = tuple(sorted(root.glob(str(pattern.relative_to(pattern.anchor)))))
+    if not files:
+        raise ValueError(f"{where}: files = {entry['files']!r} finds nothing under {root}")
+    told: Mapping[pathlib.Path, Mapping[str, Any]] = {}
+    if pattern.suffix in tables.SUFFIXES and kind not in ("stac", LABELS):
+        root, told = _table(entry, files, where)
+        files = tuple(sorted(told))
+    for of_kind, field, why in _NEEDED:
+        if kind == of_kind and field not in entry and not (told and all(field in row for row in told.values())):
+            raise ValueError(f"{where}: {field} is missing: {why}")
+    return Source(name, kind, licence, root, files, options, told)
+
+
+def _check_types(entry: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if a field is missing, unknown, or of another type."""
     for field in _ALWAYS:
         if not isinstance(entry.get(field), str) or not entry[field]:
             raise ValueError(f"{where}: {field} = {entry.get(field)!r}; wanted a text")
@@ -165,39 +193,60 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
     for field, value in entry.items():
         if field not in (*_ALWAYS, *known):
             raise ValueError(f"{where}: {field} is no field of {entry['kind']!r}; it has {sorted((*_ALWAYS, *known))}")
-        if field in known and not isinstance(value, known[field]):
-            raise ValueError(f"{where}: {field} = {value!r}; wanted a {known[field].__name__}")
-        words = _WORDS.get((entry["kind"], field))
-        if words and value not in words:
-            raise ValueError(f"{where}: {field} = {value!r}; wanted one of {words}")
+        wanted = known.get(field, str)
+        if not isinstance(value, (int, float) if wanted is float else wanted):
+            raise ValueError(f"{where}: {field} = {value!r}; wanted a {wanted.__name__}")
+
+
+def _check_values(entry: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if a field's value is none of those that it may have."""
+    kind, modality = entry["kind"], entry.get("modality")
+    for field, words in {**_WORDS, **(dict(modality=("s2", "s1")) if kind == "stac" else {})}.items():
+        if field in entry and entry[field] not in words:
+            raise ValueError(f"{where}: {field} = {entry[field]!r}; wanted one of {words}")
     if "/" in entry["name"]:
         raise ValueError(f"{where}: wanted a name without /")
-    if any(not isinstance(band, int) or band < 1 for band in entry.get("bands", [])):
-        raise ValueError(f"{where}: bands = {entry['bands']!r}; wanted numbers from 1")
-    if entry["kind"] == "image" and entry.get("modality") in _OWN_KINDS:
-        raise ValueError(f"{where}: modality = {entry['modality']!r}; wanted kind = {_OWN_KINDS[entry['modality']]}")
+    for field in ("bands", "cloud_bands"):
+        if any(not isinstance(band, int) or band < 1 for band in entry.get(field, [])):
+            raise ValueError(f"{where}: {field} = {entry[field]!r}; wanted numbers from 1")
+    if any(not isinstance(name, str) for name in entry.get("variables", [])):
+        raise ValueError(f"{where}: variables = {entry['variables']!r}; wanted names")
+    if kind == "image" and modality in _OWN_KINDS:
+        raise ValueError(f"{where}: modality = {modality!r}; wanted kind = {_OWN_KINDS[modality]}")
+    if kind == "cube" and ("variables" in entry) + ("array" in entry) == 2:
+        raise ValueError(f"{where}: variables and array; wanted one of them")
+    for field, row in _ONLY_OF.items():
+        if kind == "cube" and field in entry and modality != row:
+            raise ValueError(f"{where}: {field} with modality = {modality!r}; it is a field of {row!r}")
     try:
         remote.signer(entry.get("sign", ""))
-        if "dates" in entry:
+        if "dates" in entry and kind == "stac":
             stac.interval(entry["dates"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    for kind, field, why in _NEEDED:
-        if entry["kind"] == kind and field not in entry:
-            raise ValueError(f"{where}: {field} is missing: {why}")
-    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
-    if entry["kind"] == "stac" and "://" in entry["files"]:
-        return Source(entry["name"], "stac", entry["licence"], pathlib.Path(), (entry["files"],), options)
-    pattern = pathlib.Path(entry["files"]).expanduser()
-    root = pathlib.Path(pattern.anchor) if pattern.is_absolute() else path.resolve().parent
-    files = tuple(sorted(root.glob(str(pattern.relative_to(pattern.anchor)))))
-    if not files:
-        raise ValueError(f"{where}: files = {entry['files']!r} finds nothing under {root}")
-    return Source(entry["name"], entry["kind"], entry["licence"], root, files, options)
+
+
+def _table(
+    entry: Mapping[str, Any], files: Sequence[pathlib.Path], where: str
+) -> tuple[pathlib.Path, dict[pathlib.Path, dict[str, Any]]]:
+    """The folder that paths of a table begin in, and what it tells of each."""
+    if len(files) > 1:
+        raise ValueError(f"{where}: files = {entry['files']!r} finds {len(files)} tables; wanted one")
+    kind = entry["kind"]
+    columns = [name for name in tables.COLUMNS if kind in _PLACED and (name in KINDS[kind] or name not in _WORDS)]
+    try:
+        told = tables.read_table(files[0], columns)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    for path, row in told.items():
+        for field, words in _WORDS.items():
+            if field in row and row[field] not in words:
+                raise ValueError(f"{where}: {files[0]}: {field} {row[field]!r} of {path.name}; wanted one of {words}")
+    return files[0].resolve().parent, told
 
 
 def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], list[Rejected]]:
-    """The acquisitions of a source, sorted by name, and its files that are none.
+    """The acquisitions of a source, sorted by name, and its files and dates that are none.
 
     Raises:
       ValueError: the source's modality is no row of ``rows``.
@@ -211,25 +260,47 @@ def find(source: Source, rows: Sequence[Modality]) -> tuple[list[Acquisition], l
         return sorted(found, key=lambda acquisition: acquisition.id), rejected
     for name, read in _readers(source, rows):
         try:
-            found.append(read())
+            entries = read()
         except (rasterio.errors.RasterioError, OSError, ValueError, KeyError, TypeError) as error:
             rejected.append(Rejected("file", f"{source.name}/{name}", str(error)))  # Refused is a ValueError
+            continue
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if isinstance(entry, Acquisition):
+                found.append(entry)
+            else:
+                rejected.append(dataclasses.replace(entry, name=f"{source.name}/{entry.name}"))
     return sorted(found, key=lambda acquisition: acquisition.id), rejected
 
 
-def _readers(source: Source, rows: Sequence[Modality]) -> Iterator[tuple[str, Callable[[], Acquisition]]]:
+_Found = Acquisition | list[Acquisition | Rejected]
+
+
+def _readers(source: Source, rows: Sequence[Modality]) -> Iterator[tuple[str, Callable[[], _Found]]]:
     """For each file or group of files of a source its name and what reads it."""
     options = dict(source.options)
-    if source.kind == "image":
+    if source.kind in ("image", "cube"):
         modality, table = options.pop("modality"), {row.name: row for row in rows}
         if modality not in table:
             raise ValueError(f"source {source.name!r}: modality = {modality!r}; wanted one of {sorted(table)}")
-        read = functools.partial(geotiffs.read_image, row=table[modality])
-    else:
-        read = {"s1": geotiffs.read_radar, "s2_geotiff": geotiffs.read_surface, "s2_safe": safe.read_product}[
-            source.kind
-        ]
-    for files in geotiffs.radar_files(source.files) if source.kind == "s1" else source.files:
-        path = min(files.values()) if isinstance(files, dict) else files
-        name = path.relative_to(source.root).as_posix()
-        yield name, functools.partial(read, files, name=name, source=source.name, **options)
+        options["row"] = table[modality]
+    grouped: dict[str, Callable] = {"s1": names.radar_files, "cube": names.cube_files}
+    for files in grouped.get(source.kind, list)(source.files):
+        several = list(files.values()) if isinstance(files, dict) else list(files) if source.kind == "cube" else [files]
+        first = min(several)
+        name = (first.relative_to(source.root) if first.is_relative_to(source.root) else first).as_posix()
+        yield name, functools.partial(_read, source, files, several, name, options)
+
+
+def _read(source: Source, files: Any, several: Sequence[pathlib.Path], name: str, options: Mapping[str, Any]) -> _Found:
+    """What a file, or files that belong together, hold; what a table tells of them counts before what the list says."""
+    options = {**options, **tables.together([source.told.get(path, {}) for path in several])}
+    if source.kind == "cube":
+        row, ground = options.pop("row"), options.pop("ground", None)
+        return cubes.read_cube(files, row, cubes.Layout(**options), name=name, source=source.name, ground=ground)
+    read = {
+        "image": geotiffs.read_image,
+        "s2_geotiff": geotiffs.read_surface,
+        "s2_safe": safe.read_product,
+        "s1": geotiffs.read_radar,
+    }[source.kind]
+    return read(files, name=name, source=source.name, **options)

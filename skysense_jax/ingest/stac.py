@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,29 +25,11 @@ from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
 from skysense_jax.data.sample import ORBITS, UNDATED
-from skysense_jax.ingest import geotiffs, remote
+from skysense_jax.ingest import geotiffs, remote, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected
 from skysense_jax.ingest.places import boxes_of
 from skysense_jax.ingest.rasters import Refused
-from skysense_jax.ingest.sentinel import offset_of_baseline
 
-# Names of assets by band of the row: Sentinel's own, and the common names.
-_ASSETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "s2": dict(
-        B2=("B02", "blue"),
-        B3=("B03", "green"),
-        B4=("B04", "red"),
-        B5=("B05", "rededge1"),
-        B6=("B06", "rededge2"),
-        B7=("B07", "rededge3"),
-        B8=("B08", "nir"),
-        B8A=("B8A", "nir08"),
-        B11=("B11", "swir16"),
-        B12=("B12", "swir22"),
-    ),
-    "s1": dict(VV=("vv", "VV"), VH=("vh", "VH")),
-}
-_CLASSES = ("SCL", "scl")
 _SCALE = 10_000  # of reflectance in the numbers
 _UNITS = {  # of a radar's numbers, as items call them; other words tell nothing
     **dict.fromkeys(("linear", "power", "linear power", "linear backscatter intensity"), "linear"),
@@ -227,7 +209,7 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
         raise Refused(f"a signed address, which expires before it is read: {signed} (wanted it plain, and sign = ...)")
     opening = functools.partial(remote.signed_layer, sign=remote.signer(sign))
     layers = {}
-    for band, names in _ASSETS[modality].items():
+    for band, names in sentinel.NAMES[modality].items():
         found = [files[name.lower()] for name in names if name.lower() in files]
         if not found:
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
@@ -236,11 +218,11 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
     date = _utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
-        scl = [files[name.lower()] for name in _CLASSES if name.lower() in files]
-        if not scl:
-            raise Refused(f"no asset {' or '.join(_CLASSES)}, which tells clouds")
+        scl = files.get(sentinel.CLASSES.lower())
+        if scl is None:
+            raise Refused(f"no asset {sentinel.CLASSES}, which tells clouds")
         baseline = _baseline(item)
-        facts |= dict(classes=_layer(scl[0]), offset=_offset(item, baseline), rank=round(100 * (baseline or 0)))
+        facts |= dict(classes=_layer(scl), offset=_offset(item, baseline), rank=round(100 * (baseline or 0)))
     else:
         orbit = str(item.properties.get("sat:orbit_state", "")).lower()
         told = _unit(item)
@@ -293,7 +275,7 @@ def _offset(item: pystac.Item, baseline: float | None) -> int:
         return 0
     if baseline is None:
         raise Refused("neither earthsearch:boa_offset_applied nor a processing baseline: the offset is not known")
-    offset = offset_of_baseline(baseline)
+    offset = sentinel.offset_of_baseline(baseline)
     said = {
         round(-_SCALE * float(band["offset"]))
         for name in ("B02", "blue")

@@ -5,7 +5,9 @@ Waves along easting and northing of UTM zone 32 tell where a pixel really lies, 
 
 import pathlib
 
+import netCDF4
 import numpy as np
+import pyproj
 import rasterio
 import rasterio.warp
 from rasterio.crs import CRS
@@ -19,7 +21,7 @@ PRODUCT = "S2A_MSIL2A_{day}T101021_N{baseline}_R022_T32UQV_{day}T130000"
 def centres(transform, height, width, epsg):
     """Easting and northing (zone 32) of the centres of an image's pixels."""
     columns, rows = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    xs, ys = transform * (columns, rows)
+    xs, ys = transform @ (columns, rows)
     if epsg == ZONE:
         return xs, ys
     found = rasterio.warp.transform(CRS.from_epsg(epsg), CRS.from_epsg(ZONE), xs.ravel().tolist(), ys.ravel().tolist())
@@ -146,3 +148,58 @@ def write_radar(
     linear = np.stack([power(x, y, 0), power(x, y, 1)], -1)
     numbers = (10 * np.log10(linear) if unit == "dB" else linear).astype(np.float32)
     write_tif(path, numbers, transform, epsg, TIFFTAG_DATETIME=day, orbit=orbit)
+
+
+def write_cube(
+    path,
+    bands,
+    times,
+    *,
+    west=WEST - 100,
+    north=NORTH + 100,
+    side_m=600,
+    size=10.0,
+    epsg=ZONE,
+    how="grid_mapping",
+    rows="y",
+    columns="x",
+    southward=True,
+    file_format="NETCDF4",
+):
+    """A NetCDF file of variables [time, row, column] by name; times in seconds since 2018-03-01 10:00.
+
+    ``bands``: name: (function of easting, northing and number of the date, type, attributes). ``how``: what tells the
+    coordinate system: "grid_mapping" as CF has it, "attribute" of the file, or nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num = round(side_m / size)
+    x, y = centres(from_origin(west, north, size, size), num, num, epsg)
+    with netCDF4.Dataset(path, "w", format=file_format) as file:
+        for name, length in (("t", len(times)), (rows, num), (columns, num)):
+            file.createDimension(name, length)
+        axis = file.createVariable("t", "f8", ("t",))
+        axis.units = "seconds since 2018-03-01 10:00:00"
+        axis[:] = times
+        degrees = rasterio.crs.CRS.from_epsg(epsg).is_geographic
+        centre = size * (np.arange(num) + 0.5)
+        for name, values, unit, x_or_y in ((columns, west + centre, "east", "x"), (rows, north - centre, "north", "y")):
+            axis = file.createVariable(name, "f8", (name,))
+            axis.units = f"degrees_{unit}" if degrees else "m"
+            axis.standard_name = (
+                dict(x="longitude", y="latitude")[x_or_y] if degrees else f"projection_{x_or_y}_coordinate"
+            )
+            axis[:] = values if southward or name == columns else values[::-1]
+        if how == "grid_mapping":
+            file.createVariable("crs", "i4").setncatts(pyproj.CRS(epsg).to_cf())
+        elif how == "attribute":
+            file.crs = f"EPSG:{epsg}"
+        for name, (numbers, dtype, attributes) in bands.items():
+            fill = attributes.get("_FillValue")
+            variable = file.createVariable(name, dtype, ("t", rows, columns), fill_value=fill)
+            variable.set_auto_maskandscale(False)
+            variable.setncatts({key: value for key, value in attributes.items() if key != "_FillValue"})
+            if how == "grid_mapping":
+                variable.grid_mapping = "crs"
+            layers = [numbers(x, y, date) for date in range(len(times))]
+            layers = np.stack(layers) if np.issubdtype(np.dtype(dtype), np.floating) else np.rint(layers)
+            variable[:] = (layers if southward else layers[:, ::-1]).astype(dtype)

@@ -7,6 +7,7 @@ import pathlib
 import h5py
 import netCDF4
 import numpy as np
+import osmium
 import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
@@ -97,6 +98,10 @@ def _netcdf(path, shape):
     for dimension, size in zip(("timestamp", "y", "x"), shape):
         file.createDimension(dimension, size)
     file.epsg, file.bounds = "32631", "(501360, 5629040, 502000, 5629680)"
+    file.createVariable("spatial_ref", "i8").crs_wkt = CRS.from_epsg(32631).to_wkt()
+    for axis, corner, step in (("x", 501360, 640 / shape[2]), ("y", 5629680, -640 / shape[1])):
+        size = len(file.dimensions[axis])
+        file.createVariable(axis, "f8", (axis,))[:] = corner + step * (np.arange(size) + 0.5)
     times = file.createVariable("timestamp", "i8", ("timestamp",))
     times.units = "seconds since 2017-08-04 10:53:28"
     times[:] = np.arange(shape[0]) * 86_400 * 5 + 3
@@ -107,6 +112,7 @@ def _variable(file, name, values, *, scale):
     variable = file.createVariable(name, values.dtype, ("timestamp", "y", "x"), fill_value=0)
     variable.set_auto_maskandscale(False)
     variable.scale_factor = scale
+    variable.coordinates = "spatial_ref"
     variable[:] = values
 
 
@@ -181,6 +187,24 @@ def _panchromatic(root, rng):
 
 
 def _extracts(root, rng):
-    del rng
-    (root / "osm_extracts").mkdir()
-    (root / "osm_extracts" / "planet.osm").write_text("<osm/>")
+    folder = root / "osm_extracts"
+    folder.mkdir()
+    (folder / "planet.osm").write_text("<osm/>")
+    for name, west, south in (("Helsinki", 24.936, 60.164), ("test", 26.93, 60.52)):
+        header = osmium.io.Header()
+        header.add_box(osmium.osm.Box(west, south, west + 0.018, south + 0.015))
+        with osmium.SimpleWriter(str(folder / f"{name}.osm.pbf"), header=header) as writer:
+            for number in range(60):
+                x, y = west + rng.uniform(0.001, 0.017), south + rng.uniform(0.001, 0.014)
+                corners = [(x, y), (x + 4e-4, y), (x + 4e-4, y + 2e-4), (x, y + 2e-4)]
+                if number == 0:  # one in the middle
+                    corners = [(west + 0.009 + 2e-4 * i, south + 0.0075 + 1e-4 * j) for i, j in _AROUND]
+                refs = [1 + 4 * number + corner for corner in range(4)]
+                for ref, place in zip(refs, corners):
+                    writer.add_node(osmium.osm.mutable.Node(id=ref, location=place))
+            for number in range(60):
+                refs = [1 + 4 * number + corner for corner in (0, 1, 2, 3, 0)]
+                writer.add_way(osmium.osm.mutable.Way(id=number + 1, nodes=refs, tags={"building": "yes"}))
+
+
+_AROUND = ((-1, -1), (1, -1), (1, 1), (-1, 1))

@@ -9,7 +9,7 @@ import rasterio.warp
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import rasters
+from skysense_jax.ingest import rasters, windows
 from skysense_jax.ingest.rasters import Raster, Refused, Square
 
 UTM = CRS.from_epsg(32633)
@@ -134,16 +134,16 @@ def test_read_raster_takes_nodata_and_no_alpha(tmp_path):
         tmp_path / "a.tif", "w", transform=from_origin(0, 50, 1, 1), photometric="RGB", alpha="yes", **options
     ) as file:
         file.write(pixels)
-    raster = rasters.read_raster(tmp_path / "a.tif", bands=(4, 2, 3))
+    raster = windows.read_raster(tmp_path / "a.tif", bands=(4, 2, 3))
     assert raster.valid.all()
     assert raster.pixels[1].tolist() == [[0, 0, 0], [5, 5, 5], [200, 200, 200]]
     assert raster.pixels[0].tolist() == [[0, 7, 7], [0, 0, 0], [0, 0, 0]]
     with rasterio.open(tmp_path / "a.tif", "r+") as file:
         file.nodata = 0
-    raster = rasters.read_raster(tmp_path / "a.tif", bands=(1, 4))
+    raster = windows.read_raster(tmp_path / "a.tif", bands=(1, 4))
     assert raster.valid.tolist() == [[True, False, False], [False, True, True]]
     with pytest.raises(Refused, match="4 bands; wanted 5 or more"):
-        rasters.read_raster(tmp_path / "a.tif", bands=(1, 5))
+        windows.read_raster(tmp_path / "a.tif", bands=(1, 5))
 
 
 def test_a_turned_image_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import geotiffs, safe
+from skysense_jax.ingest import geotiffs, names, safe
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -76,8 +76,8 @@ def _radar(paths, **options):
 
 
 def test_files_of_one_acquisition_belong_together(tmp_path):
-    names = ("s1a_VV_1.tif", "s1a_VH_1.tif", "s1b-vv.tif", "s1b-vh.tif", "both.tif", "s1c_VV.tif")
-    found = geotiffs.radar_files([tmp_path / name for name in names])
+    files = ("s1a_VV_1.tif", "s1a_VH_1.tif", "s1b-vv.tif", "s1b-vh.tif", "both.tif", "s1c_VV.tif")
+    found = names.radar_files([tmp_path / name for name in files])
     assert sorted(sorted(path.name for path in group.values()) for group in found) == [
         ["both.tif", "both.tif"],
         ["s1a_VH_1.tif", "s1a_VV_1.tif"],

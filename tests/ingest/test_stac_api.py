@@ -20,7 +20,8 @@ from rasterio.transform import from_origin
 
 from skysense_jax.data.records import RecordSource
 from skysense_jax.ingest import acquisitions, build, plan, remote, stac
-from skysense_jax.ingest.rasters import Refused, opened
+from skysense_jax.ingest.rasters import Refused
+from skysense_jax.ingest.windows import opened
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
 
