@@ -17,7 +17,7 @@ from skysense_jax.data.sample import ORBITS, UNDATED, Sample, Series
 from skysense_jax.drawing import label_colours, shown_bands, to_rgb
 from skysense_jax.modalities import METRES_PER_CELL, OSM, Modality
 
-LARGE_SIDE, SIDE = 256, 96  # pixels along a side at most
+LARGE_SIDE, SIDE = 208, 96  # pixels along a side at most: as wide as page_style.py shows them
 _MOST_LARGE = 3  # pictures of the sharpest modality that are large; more of them are as small as the others
 _JPEG_QUALITY = 88
 _STRIPE = 4  # pixels of the mask's picture, across a stripe

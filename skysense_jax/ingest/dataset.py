@@ -20,13 +20,12 @@ from skysense_jax.data.records import RecordError, RecordSource
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import figures, index
 from skysense_jax.ingest.histograms import Histograms, load
+from skysense_jax.ingest.suspicions import Where
 from skysense_jax.modalities import Modality
 
 _INDEX, _STATISTICS = "index.parquet", "statistics.json"
 _SUFFIX = ".array_record"
 _MOST_PARTS = 400  # whose counts are added up for the shape of the histograms: each is some MB when unpacked
-
-Where = tuple[str, int]  # a record: its file without the suffix, and its number there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,12 @@ import pyarrow as pa
 from skysense_jax.data.records import RecordError
 from skysense_jax.ingest import charts, suspicions
 from skysense_jax.ingest.contact import contact
-from skysense_jax.ingest.dataset import Dataset, Where, drawn, open_dataset
+from skysense_jax.ingest.dataset import Dataset, drawn, open_dataset
 from skysense_jax.ingest.page import Card, page
 from skysense_jax.ingest.survey import Survey, survey
-from skysense_jax.ingest.suspicions import Hit, Suspicions
+from skysense_jax.ingest.suspicions import Hit, Suspicions, Where
+
+_FEWEST_OF_A_KIND = 4  # samples that are shown for one suspicion at most, or a sixth of all that are shown
 
 
 def inspect(
@@ -36,15 +38,15 @@ def inspect(
       ValueError: no dataset, or none that can be read.
     """
     dataset = open_dataset(folder, examine=examine, seed=seed)
-    found = Suspicions(keep=max(num_samples, 1))
+    places = dataset.index.to_table(columns=["id", "shard", "record", "split"])
+    some = places.take(pa.array(drawn(places["id"].to_pylist(), num=num_samples, seed=seed), pa.int64()))
+    by_hash = list(zip(some["shard"].to_pylist(), some["record"].to_pylist()))
+    found = Suspicions(keep=max(_FEWEST_OF_A_KIND, num_samples // 6), always=by_hash)
     suspicions.of_index(dataset.index, found)
     together = suspicions.look(dataset.figures, dataset.rows)
     suspicions.of_figures(dataset.figures, dataset.rows, together, found)
-    places = dataset.index.to_table(columns=["id", "shard", "record", "split"])
     odd = list(dict.fromkeys([*dataset.unreadable, *found.worst(num=num_samples)]))[: num_samples // 2]
-    some = drawn(places["id"].to_pylist(), num=num_samples, seed=seed)
-    picked = places.take(pa.array(some, pa.int64()))
-    others = [where for where in zip(picked["shard"].to_pylist(), picked["record"].to_pylist()) if where not in odd]
+    others = [where for where in by_hash if where not in odd]
     shown = [_card(dataset, where, found, num_dates) for where in [*odd, *others[: num_samples - len(odd)]]]
     damaged = {**dataset.unreadable, **{card.where: card.hits[-1].told for card in shown if card.sample is None}}
     found.counts["unreadable"] = len(damaged)
@@ -61,7 +63,7 @@ def inspect(
 
 
 def _card(dataset: Dataset, where: Where, found: Suspicions, num_dates: int) -> Card:
-    split, hits = where[0].split("-")[0], found.told_of(*where)
+    split, hits = where[0].split("-")[0], found.told_of(where)
     try:
         sample = dataset.read(where)
     except RecordError as error:

@@ -17,10 +17,10 @@ from skysense_jax.drawing import NOTHING, label_colours
 from skysense_jax.ingest import charts
 from skysense_jax.ingest.charts import element
 from skysense_jax.ingest.contact import Contact, Strip
-from skysense_jax.ingest.dataset import Dataset, Where
+from skysense_jax.ingest.dataset import Dataset
 from skysense_jax.ingest.page_style import STYLE
 from skysense_jax.ingest.survey import HIDDEN_BINS, OfRow, Survey
-from skysense_jax.ingest.suspicions import KINDS, Hit, Suspicions
+from skysense_jax.ingest.suspicions import KINDS, Hit, Suspicions, Where
 from skysense_jax.modalities import METRES_PER_CELL, OSM
 
 _TITLES = {kind.name: kind.title for kind in KINDS}

@@ -63,7 +63,6 @@ h5 { font-size: .8rem; margin: .3rem 0 .15rem; }
 .strip figcaption { line-height: 1.2; font-size: .75rem; }
 .stack { position: relative; background: #d1d1d1; }
 .stack img { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
-.large .stack img { image-rendering: auto; }
 .stack .over { position: absolute; inset: 0; }
 body:has(#overlays:not(:checked)) .stack img + .over { visibility: hidden; }
 details summary { cursor: pointer; margin: .5rem 0; }

@@ -6,7 +6,7 @@ column, so that millions of samples take little memory. Next: inspect.py, which 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from skysense_jax.data.checks import LAST_DAY
 from skysense_jax.ingest.sentinel import NOT_DARK
 from skysense_jax.modalities import Modality
 
+Where = tuple[str, int]  # a sample: its file without the suffix, and its number there
+_WHERE = ("shard", "record")
 _FAR = 3.0  # standard deviations of the table
 _CLIPPED, _FULL_SCALE, _FILLED, _UNSEEN = 0.1, 0.2, 0.05, 0.8  # shares
 _FAR_KM = 2.0  # a place's centre lies within 1.9 km of the corner in its name, however many cells it has
@@ -55,6 +57,10 @@ class Hit:
     shard: str
     record: int
     told: str
+
+    @property
+    def where(self) -> Where:
+        return self.shard, self.record
 
 
 KINDS: tuple[Kind, ...] = (  # the gravest first
@@ -120,11 +126,12 @@ class Suspicions:
     A sample counts once for each row of the modality table in which a kind is found.
     """
 
-    def __init__(self, *, keep: int):
-        """``keep``: of each kind how many to remember."""
-        self._keep = keep
+    def __init__(self, *, keep: int, always: Collection[Where] = ()):
+        """``keep``: of each kind how many to remember; ``always``: samples of which everything is remembered."""
+        self._keep, self._always = keep, frozenset(always)
         self.counts: dict[str, int] = {}
         self._worst: dict[str, list[Hit]] = {}
+        self._others: list[Hit] = []
 
     def add(
         self,
@@ -139,27 +146,34 @@ class Suspicions:
         if not len(rows):
             return
         self.counts[kind] = self.counts.get(kind, 0) + len(rows)
-        rows = rows[np.argsort(-figures[rows], kind="stable")][: self._keep]
-        shards, records = (batch[name].take(pa.array(rows)).to_pylist() for name in ("shard", "record"))
-        hits = [
+        hits = lambda rows: [  # noqa: E731
             Hit(kind, float(figures[row]), shard, record, told(int(row)))
-            for row, shard, record in zip(rows, shards, records)
+            for row, shard, record in zip(rows, *(batch[name].take(pa.array(rows)).to_pylist() for name in _WHERE))
         ]
-        worst = sorted([*self._worst.get(kind, ()), *hits], key=lambda hit: (-hit.figure, hit.shard, hit.record))
+        worst = hits(rows[np.argsort(-figures[rows], kind="stable")][: self._keep])
+        worst = sorted([*self._worst.get(kind, ()), *worst], key=lambda hit: (-hit.figure, *hit.where))
         self._worst[kind] = worst[: self._keep]
+        self._others += hits(self._of_always(batch, rows))
 
-    def worst(self, *, num: int) -> list[tuple[str, int]]:
-        """Shard and record of up to ``num`` samples: the worst of each kind, the gravest kind first, then the next."""
+    def _of_always(self, batch: pa.RecordBatch | pa.Table, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows that are of samples to be remembered whatever they are."""
+        for name, known in zip(_WHERE, zip(*self._always)):
+            rows = rows[pc.is_in(batch[name].take(pa.array(rows)), pa.array(known)).to_numpy(zero_copy_only=False)]
+        where = zip(*(batch[name].take(pa.array(rows)).to_pylist() for name in _WHERE))
+        return rows[np.array([each in self._always for each in where], bool)]
+
+    def worst(self, *, num: int) -> list[Where]:
+        """Up to ``num`` samples: the worst of each kind, the gravest kind first, then the next of each, and so on."""
         kinds = sorted(self._worst, key=_RANK.__getitem__)
         in_turn = [
             self._worst[kind][place] for place in range(self._keep) for kind in kinds if place < len(self._worst[kind])
         ]
-        return list(dict.fromkeys((hit.shard, hit.record) for hit in in_turn))[:num]
+        return list(dict.fromkeys(hit.where for hit in in_turn))[:num]
 
-    def told_of(self, shard: str, record: int) -> list[Hit]:
+    def told_of(self, where: Where) -> list[Hit]:
         """What is remembered of one sample, the gravest first."""
-        found = [hit for hits in self._worst.values() for hit in hits if (hit.shard, hit.record) == (shard, record)]
-        return sorted(found, key=lambda hit: _RANK[hit.kind])
+        known = [hit for hits in (*self._worst.values(), self._others) for hit in hits if hit.where == where]
+        return sorted(dict.fromkeys(known), key=lambda hit: _RANK[hit.kind])
 
 
 # ---- rules over the index

@@ -14,6 +14,7 @@ from skysense_jax.ingest import figures, index, suspicions
 from skysense_jax.ingest.suspicions import KINDS, Suspicions
 from tests.data.random_samples import ROWS, make_sample, with_series
 
+SHARD = "train-00000-of-00001"
 PLACE = "32632_704000_5504000"  # of 160 m; its centre:
 LONGITUDE, LATITUDE = 11.82744, 49.65302
 
@@ -23,10 +24,10 @@ def _good(seed):
     return dataclasses.replace(sample, longitude=LONGITUDE, latitude=LATITUDE)
 
 
-def _suspicions(*samples, keep=9):
-    found, rows, measured = Suspicions(keep=keep), [], []
+def _suspicions(*samples, keep=9, always=()):
+    found, rows, measured = Suspicions(keep=keep, always=always), [], []
     for number, sample in enumerate(samples):
-        where = dict(shard="train-00000-of-00001", record=number)
+        where = dict(shard=SHARD, record=number)
         rows.append(index.row(index.facts(sample, split="train", **where), ROWS))
         measured += figures.measure(sample, ROWS, **where)
     suspicions.of_index(pa.dataset.dataset(pa.Table.from_pylist(rows)), found)
@@ -108,9 +109,9 @@ def test_fault_in_a_good_sample_is_suspected_and_nothing_else(kind):
     found = _suspicions(*good, bad)
     assert found.counts == {kind: 1} | ALSO.get(kind, {})
     assert encode_sample(bad, ROWS)  # checks of records let it pass
-    ((shard, record),) = found.worst(num=5)
-    assert record == 3
-    hit = found.told_of(shard, record)[0]
+    (where,) = found.worst(num=5)
+    assert where == (SHARD, 3)
+    hit = found.told_of(where)[0]
     assert hit.kind == kind
     assert told in hit.told
 
@@ -137,10 +138,10 @@ def test_namesakes_and_twins_are_found_with_their_number():
     ]
     found = _suspicions(*samples)
     assert found.counts == {"namesakes": 2, "twins": 2 * 3}  # twins in each of three rows
-    assert {hit.told for hit in found.told_of("train-00000-of-00001", 2)} == {
+    assert {hit.told for hit in found.told_of((SHARD, 2))} == {
         f"{name}: other samples with the same pixels: 1" for name in ("hr", "s2", "s1")
     }
-    assert [hit.told for hit in found.told_of("train-00000-of-00001", 1)] == ["samples with its name: 2"]
+    assert [hit.told for hit in found.told_of((SHARD, 1))] == ["samples with its name: 2"]
 
 
 def test_day_far_from_all_others_is_found_with_the_day():
@@ -149,7 +150,7 @@ def test_day_far_from_all_others_is_found_with_the_day():
     assert _suspicions(*samples).counts == {}
     found = _suspicions(*samples[:5], days(20_000)(_good(5)))
     assert found.counts == {"far_day": 1}
-    assert found.told_of("train-00000-of-00001", 5)[0].told == "s1: a date is of 2024-11-07"
+    assert found.told_of((SHARD, 5))[0].told == "s1: a date is of 2024-11-07"
 
 
 def test_worst_samples_take_turns_by_kind_the_gravest_first():
@@ -160,6 +161,15 @@ def test_worst_samples_take_turns_by_kind_the_gravest_first():
     assert [record for _, record in found.worst(num=9)] == [2, 3, 0, 1]
     assert [record for _, record in found.worst(num=2)] == [2, 3]
     assert [record for _, record in _suspicions(*offset, covered, keep=1).worst(num=9)] == [2, 3]
+
+
+def test_what_is_odd_of_samples_that_are_shown_anyway_is_remembered():
+    offset = [_changed("s2", lambda x, by=by: _add(x, by=by))(_good(by)) for by in (1500, 1100, 1900)]
+    both = _cover(offset[1])
+    found = _suspicions(offset[0], both, offset[2], _good(0), keep=1, always=[(SHARD, 1), (SHARD, 3), ("other", 2)])
+    assert found.worst(num=9) == [(SHARD, 2), (SHARD, 1)]
+    assert [hit.kind for hit in found.told_of((SHARD, 1))] == ["offset_left", "unseen"]
+    assert [[hit.kind for hit in found.told_of((SHARD, record))] for record in (0, 2, 3)] == [[], ["offset_left"], []]
 
 
 def test_figures_that_come_in_many_batches_are_all_looked_at():
