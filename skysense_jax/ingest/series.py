@@ -6,6 +6,7 @@ Next: windows.py (what is read), rasters.py (how pixels come to cells), build.py
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

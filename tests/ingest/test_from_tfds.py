@@ -93,7 +93,7 @@ def test_eurosat_is_top_of_atmosphere_and_keeps_its_bands_apart(eurosats, tmp_pa
         sample.id: [("Forest", "River")[number % 2]] for number, sample in enumerate(samples)
     }
     text = (tmp_path / "README.md").read_text()
-    assert "- where they lie is unknown" in text
+    assert "- where they lie is not known" in text
     assert "| eurosat/all | TensorFlow Datasets |" in text
     told = capsys.readouterr().out
     new = ast.literal_eval(re.search(r'new_modalities="(.*)"', told)[1])

@@ -43,7 +43,7 @@ NO_TENSORFLOW = 'import pathlib\npathlib.Path(__file__).with_name("asked").touch
 class Few(folder.Maker):
     """Samples with what a sample may lack lacking in some; the second shard of three comes to nothing."""
 
-    rows, sources, rejected = ROWS, (dict(name="random", kind="made up", licence="CC0-1.0"),), ()
+    rows, sources = ROWS, (dict(name="random", kind="made up", licence="CC0-1.0"),)
     shards = folder.shards({"train": 8, "validation": 2}, size=3)
 
     def made(self, shard):
@@ -221,4 +221,4 @@ def test_card_of_samples_of_unknown_place_says_so(tmp_path):
                     yield folder.Made(dataclasses.replace(made.sample, longitude=None, latitude=None))
 
     engines.build(functools.partial(Nowhere), epath.Path(tmp_path / "out"), facts={}, engine=engines.Engine())
-    assert "- where they lie is unknown" in (tmp_path / "out" / "README.md").read_text()
+    assert "- where they lie is not known" in (tmp_path / "out" / "README.md").read_text()
