@@ -1,6 +1,5 @@
 """The page of a dataset, opened in a real browser: it shows what the dataset has, on a phone and by night too."""
 
-import contextlib
 import dataclasses
 import html
 import json
@@ -89,16 +88,6 @@ def page(dataset, tmp_path_factory):
     return path
 
 
-@contextlib.contextmanager
-def _pages(browser, path):
-    with contextlib.ExitStack() as stack:
-        yield {
-            (width, dark): stack.enter_context(browser.open(path, width=width, dark=dark))
-            for width in (390, 1280)
-            for dark in (False, True)
-        }
-
-
 def _index(dataset):
     return pq.read_table(dataset / "index.parquet").to_pylist()
 
@@ -111,15 +100,16 @@ def _near(pixels, colour, *, within=12):
     return (np.abs(pixels.astype(int) - colour) <= within).all(-1)
 
 
-def test_page_has_no_fault_on_phone_and_desktop_by_day_and_night(browser, page):
-    with _pages(browser, page) as opened:
-        for (width, dark), shown in opened.items():
-            assert shown.problems() == [], (width, dark)
-            paper = shown.screenshot("h1")[0, -1]
-            assert (paper.max() < 40) if dark else (paper.min() > 240)
-            assert shown.evaluate("[...document.images].length") > 40
-            found = shown.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
-            assert found[:3] == ["Places", "Suspicions", "Samples"]
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_has_no_fault_on_phone_and_desktop_by_day_and_night(browser, page, width, dark):
+    with browser.open(page, width=width, dark=dark) as shown:
+        assert shown.problems() == []
+        paper = shown.screenshot("h1")[0, -1]
+        assert (paper.max() < 40) if dark else (paper.min() > 240)
+        assert shown.evaluate("[...document.images].length") > 40
+        found = shown.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
+        assert found[:3] == ["Places", "Suspicions", "Samples"]
 
 
 def test_page_is_one_file_without_script_and_escapes_names(page):
