@@ -190,7 +190,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, path: pathlib.Path, *, width: int, dark: bool = False) -> "Page":
-        """A file as a page of this width in CSS pixels, loaded. One at a time: pages in the background are not drawn."""
+        """A file as a page of this width in CSS pixels, loaded; one at a time, since only the one in front is drawn."""
         return Page(self, path, width=width, dark=dark)
 
 
