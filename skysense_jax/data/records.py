@@ -8,10 +8,11 @@ window and only the drawn dates are decoded. Every block's CRC-32 is in the head
 Blocks: codecs.py. What is accepted: checks.py. Next: views.py, which cuts training views out of a ``SampleReader``.
 """
 
+import contextlib
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -343,28 +344,43 @@ class ShardWriter:
     """Writes records into one ArrayRecord file that appears under its name only when it is complete.
 
     A context manager; after an exception nothing is left behind.
+
+    Raises:
+      OSError: it cannot be written, for want of space perhaps.
     """
 
     def __init__(self, path: str | os.PathLike):
         self._path = os.fspath(path)
         self._temporary = f"{self._path}.incomplete-{os.getpid()}"
         # Uncompressed: blocks are compressed already. group_size 1: a record is read without its neighbours.
-        self._writer = array_record_module.ArrayRecordWriter(self._temporary, "group_size:1,uncompressed")
+        with _as_os_errors():
+            self._writer = array_record_module.ArrayRecordWriter(self._temporary, "group_size:1,uncompressed")
 
     def write(self, payload: bytes) -> None:
-        self._writer.write(payload)
+        with _as_os_errors():
+            self._writer.write(payload)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            self._writer.close()
+            with _as_os_errors():
+                self._writer.close()
             if kind is None:
                 os.replace(self._temporary, self._path)
         finally:
             if os.path.exists(self._temporary):
                 os.remove(self._temporary)
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Where the library says RuntimeError of a full disk, an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 class RecordSource:

@@ -27,8 +27,8 @@ def read_window(layers: Sequence[Layer], square: Square, *, masked: bool) -> Ras
     """``windows.read_window`` of planes: valid where every band is a number and not, if ``masked``, its fill value.
 
     Raises:
-      Refused: a variable is missing or cannot be read.
-      OSError: there is no file, or none of these formats.
+      Refused: a variable is missing.
+      OSError: there is no file, or none of these formats, or a block of it is damaged.
     """
     first = layers[0]
     shape = _shape(first)
@@ -69,7 +69,7 @@ def _read(layer: Layer, window: Window) -> tuple[np.ndarray, np.ndarray]:
         try:
             numbers = np.asarray(variable[(*layer.index, rows, columns)])
         except (RuntimeError, IndexError) as error:  # a damaged block; a file that was changed since
-            raise Refused(f"{layer.path}: {layer.variable}{list(layer.index)}: {error}") from error
+            raise OSError(f"{layer.path}: {layer.variable}{list(layer.index)}: {error}") from error
     valid = np.isfinite(numbers) & ~np.isin(numbers, np.ravel(fills))
     if (layer.scale, layer.add) != (1, 0):
         numbers = numbers * layer.scale + layer.add

@@ -65,16 +65,28 @@ def read_series(
     dates: list[Date] = []
     kept: list[Acquisition] = []
     rejected = []
-    for group in by_date(acquisitions):
+    of_group = lambda files: read(_signed(files, signs), square, row)  # noqa: E731
+    waiting = by_date(acquisitions)
+    while waiting:
+        group = waiting.pop(0)
         names = ", ".join(acquisition.id for acquisition in group)
         try:
-            date = remote.again(lambda: read(_signed(group, signs), square, row))
+            date = remote.again(functools.partial(of_group, group))
             clear = float((date.valid & ~date.hidden).mean())
             if clear < min_clear_share or not clear:
                 told = f"{clear:.1%} of its pixels are clear; wanted {min_clear_share:.1%}"
                 raise Refused(f"{told} ({float(date.valid.mean()):.1%} have data)")
         except (Refused, RasterioError, OSError) as error:
-            rejected.append(Rejected("date", names, remote.reason(error)))
+            several = len(group) > 1 and not isinstance(error, Refused)
+            alone = {a.id: _failure(of_group, a) for a in group} if several else {}
+            whole = [acquisition for acquisition in group if acquisition.id in alone and alone[acquisition.id] is None]
+            if 0 < len(whole) < len(group):  # what one file has lost is no loss of the others
+                rejected += [
+                    Rejected("date", name, remote.reason(torn)) for name, torn in alone.items() if torn is not None
+                ]
+                waiting.insert(0, whole)
+            else:
+                rejected.append(Rejected("date", names, remote.reason(error)))
             continue
         dates.append(date)
         kept.append(group[0])
@@ -84,6 +96,17 @@ def read_series(
         return _joined(row, kept, dates), rejected
     except Refused as error:
         return None, [*rejected, Rejected("date", ", ".join(acquisition.id for acquisition in kept), str(error))]
+
+
+def _failure(read: Callable[[Sequence[Acquisition]], Date], acquisition: Acquisition) -> Exception | None:
+    """Why the files of an acquisition cannot be read, None if they can: that they show nothing here is no failure."""
+    try:
+        remote.again(functools.partial(read, [acquisition]))
+    except Refused:
+        return None
+    except (RasterioError, OSError) as error:
+        return error
+    return None
 
 
 def _signed(group: Sequence[Acquisition], signs: Mapping[str, remote.Sign]) -> list[Acquisition]:
