@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Gathers of weights run beside the matrix products before them, in a scanned stack of MLPs on v5p. With the first four
 # only, or with the last only, none did.
@@ -28,8 +30,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {"tpu": _TPU, "gpu": _GPU}
 
 @functools.cache
 def _known(device: jax.Device) -> dict[str, Any]:
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-    lowered, known = jax.jit(lambda x: x + 1).lower(number), {}
+    alone, known = Mesh(np.asarray([device]), ("device",)), {}
+    with jax.set_mesh(alone):  # not the caller's
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(alone, PartitionSpec()))
+        lowered = jax.jit(lambda x: x + 1).lower(number)
     for name, value in _OPTIONS.get(device.platform, {}).items():
         try:
             lowered.compile(compiler_options={name: value})
