@@ -18,6 +18,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -173,30 +174,36 @@ def measure(archive: Archive, *, num_places: int, rounds: int) -> None:
 
 
 def kill(archive: Archive, *, num_kills: int, seed: int) -> None:
-    """Prints how often a build was killed; ends the process if what came of it in the end differs."""
+    """Prints what so many kills did; ends the process if what came of a killed build differs.
+
+    A build that came to its end before all kills is compared, and another one is begun.
+    """
     rng = random.Random(seed)
     peaceful, killed = archive.root / "peaceful", archive.root / "killed"
     began = time.perf_counter()
     assert _start(archive, peaceful).wait() == 0
-    whole_s = time.perf_counter() - began
-    kills = gained = 0
-    while kills < num_kills:
+    whole_s, wanted = time.perf_counter() - began, _files(peaceful)
+    kills = gained = ends = 0
+    while kills < num_kills or killed.exists() or not ends:
         had, run = _num_done(killed), _start(archive, killed)
         try:
-            run.wait(rng.uniform(0.02, 0.35) * whole_s)
-            break  # it came to its end
+            status = run.wait(rng.uniform(0.02, 0.35) * whole_s if kills < num_kills else None)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-        kills += 1
-        gained += _num_done(killed) > had
-    assert _start(archive, killed).wait() == 0
-    differing = {name for name, content in _files(peaceful).items() if _files(killed).get(name) != content}
-    differing |= set(_files(killed)) - set(_files(peaceful))
+            kills += 1
+            gained += _num_done(killed) > had
+            continue
+        found = _files(killed)
+        differing = [name for name in sorted(set(wanted) | set(found)) if wanted.get(name) != found.get(name)]
+        if status or differing:
+            sys.exit(f"a build that was killed ended with status {status}; differing: {differing}")
+        shutil.rmtree(killed)
+        ends += 1
     print(f"{len(archive.chosen)} places in peace: {whole_s:.1f} s with two workers; killed {kills} times")
-    print(f"{gained} of these runs had finished a shard; {len(_files(peaceful))} files, {len(differing)} differ")
-    if differing or not kills:
-        sys.exit(f"differing: {sorted(differing)}")
+    print(
+        f"{gained} of these runs had finished a shard; {ends} whole builds, all {len(wanted)} files as those in peace"
+    )
 
 
 def _start(archive: Archive, out: pathlib.Path) -> subprocess.Popen:
