@@ -30,11 +30,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {"tpu": _TPU, "gpu": _GPU}
 
 @functools.cache
 def _known(device: jax.Device) -> dict[str, Any]:
+    wanted = _OPTIONS.get(device.platform, {})
+    if not wanted:
+        return {}
     alone, known = Mesh(np.asarray([device]), ("device",)), {}
     with jax.set_mesh(alone):  # not the caller's
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(alone, PartitionSpec()))
         lowered = jax.jit(lambda x: x + 1).lower(number)
-    for name, value in _OPTIONS.get(device.platform, {}).items():
+    for name, value in wanted.items():
         try:
             lowered.compile(compiler_options={name: value})
         except jax.errors.JaxRuntimeError as error:

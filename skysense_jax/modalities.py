@@ -262,9 +262,14 @@ def label_map(classes: Iterable[str] = (), prompts: Iterable[str] = ()) -> Label
     return LabelMap(OSM.name, OSM.pixels_per_cell, classes, tuple(prompts) or classes)
 
 
+def arguments(row: Mapping) -> dict:
+    """Arguments of ``Modality`` as TOML and JSON have them, with tuples for lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
 def from_json(row: Mapping) -> Modality:
     """The row that ``dataclasses.asdict`` and JSON made this of."""
-    return Modality(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    return Modality(**arguments(row))
 
 
 def select(names: Iterable[str], new: Iterable[Mapping] = ()) -> tuple[Modality, ...]:

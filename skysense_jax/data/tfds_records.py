@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from skysense_jax.data.records import Record
 from skysense_jax.data.sample import Sample
-from skysense_jax.modalities import from_json
+from skysense_jax.modalities import from_json, label_map
 
 _CONTENT = "jsonFeature"  # where features.json has what ``to_json_content`` gives
 
@@ -29,9 +29,11 @@ class Records(tfds.features.FeaturesDict):
     label map one of no pixels, and unknown degrees are NaN. Texts are bytes, as everywhere in TensorFlow Datasets.
     """
 
-    def __init__(self, modalities: Sequence[Mapping[str, Any]] = (), *, doc: Any = None):
-        """``modalities``: rows of the table, as JSON has them."""
+    def __init__(self, modalities: Sequence[Mapping[str, Any]] = (), classes: Sequence[str] = (), *, doc: Any = None):
+        """``modalities``: rows of the table, as JSON has them; ``classes``: of the label map (ours)."""
         self.modalities = tuple(from_json(row) for row in modalities)
+        self.label_map = label_map(classes)
+        named = ", ".join(self.label_map.classes)
         tensor, text = tfds.features.Tensor, tfds.features.Text
         features = {
             "id": text(doc="unique in the dataset"),
@@ -40,7 +42,7 @@ class Records(tfds.features.FeaturesDict):
             "latitude": tensor(shape=(), dtype=np.float64, doc="of the centre, degrees; NaN: unknown"),
             "provenance": text(doc="sources"),
             "licence": text(doc="SPDX id or terms"),
-            "labels": tensor(shape=(None, None), dtype=np.uint8, doc="ids of modalities.OSM; 0: nothing mapped"),
+            "labels": tensor(shape=(None, None), dtype=np.uint8, doc=f"0: nothing mapped; from 1: {named}"),
         }
         for row in self.modalities:
             mask = lambda doc: tensor(shape=(None, None, None), dtype=np.bool_, doc=doc)  # noqa: E731
@@ -55,20 +57,21 @@ class Records(tfds.features.FeaturesDict):
         super().__init__(features, doc=doc)
 
     def to_json_content(self) -> dict[str, Any]:
-        return {"modalities": [dataclasses.asdict(row) for row in self.modalities]}
+        rows = [dataclasses.asdict(row) for row in self.modalities]
+        return {"modalities": rows, "classes": list(self.label_map.classes)}
 
     @classmethod
     def from_json_content(cls, value: Mapping[str, Any]) -> "Records":
         return cls(**value)
 
-    def take(self, modalities: Sequence[Mapping[str, Any]]) -> None:
-        """Makes these the modalities: a builder knows them when it has seen the samples."""
-        self.__init__(modalities)
+    def take(self, modalities: Sequence[Mapping[str, Any]], classes: Sequence[str] = ()) -> None:
+        """Makes these the modalities and classes: a builder knows them when it has seen the samples."""
+        self.__init__(modalities, classes)
 
     def load_metadata(self, data_dir: str | os.PathLike, feature_name: str | None = None) -> None:
-        """Takes the modalities of the dataset in ``data_dir``."""
+        """Takes the modalities and classes of the dataset in ``data_dir``."""
         saved = json.loads((tfds.core.Path(data_dir) / "features.json").read_text())
-        self.take(json.loads(saved[_CONTENT]["json"])["modalities"])
+        self.take(**json.loads(saved[_CONTENT]["json"]))
 
     def deserialize_example_np(self, serialized_example: bytes | memoryview, *, decoders: Any = None) -> dict[str, Any]:
         """The sample of a record.
@@ -82,7 +85,7 @@ class Records(tfds.features.FeaturesDict):
                 "decoders: wanted none; to decode a part of a sample read tfds.decode.DeserializeMethod.RAW_BYTES and "
                 "take skysense_jax.data.records.Record"
             )
-        return self._arrays(Record(bytes(serialized_example), self.modalities).decode())
+        return self._arrays(Record(bytes(serialized_example), self.modalities, self.label_map).decode())
 
     def _arrays(self, sample: Sample) -> dict[str, Any]:
         unknown = lambda value: np.float64(np.nan if value is None else value)  # noqa: E731

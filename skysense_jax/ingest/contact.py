@@ -71,8 +71,11 @@ class Contact:
     classes: Sequence[tuple[str, float]]
 
 
-def contact(sample: Sample, rows: Sequence[Modality], *, num_dates: int) -> Contact:
-    """The pictures of a sample; of a modality at most ``num_dates`` dates, spread over all of them."""
+def contact(sample: Sample, rows: Sequence[Modality], *, num_dates: int, names: Sequence[str] = OSM.classes) -> Contact:
+    """The pictures of a sample; of a modality at most ``num_dates`` dates, spread over all of them.
+
+    ``names``: of the label map's classes.
+    """
     having = sorted((row for row in rows if row.name in sample.series), key=lambda row: -row.pixels_per_cell)
     strips = [
         _strip(sample.series[row.name], row, sharpest=place == 0, num_dates=num_dates)
@@ -80,14 +83,12 @@ def contact(sample: Sample, rows: Sequence[Modality], *, num_dates: int) -> Cont
     ]
     if sample.labels is None:
         return Contact(strips, None, ())
-    counts = np.bincount(sample.labels.ravel(), minlength=OSM.num_classes + 1)[1:]
+    counts = np.bincount(sample.labels.ravel(), minlength=len(names) + 1)[1:]
     shares = counts / sample.labels.size
-    classes = [
-        (OSM.classes[place], float(shares[place])) for place in np.argsort(-counts, kind="stable") if counts[place]
-    ]
+    classes = [(names[place], float(shares[place])) for place in np.argsort(-counts, kind="stable") if counts[place]]
     listed = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in classes) or "nothing mapped"
     size = f"{sample.extent_cells * METRES_PER_CELL:g} m"
-    opaque, clear = (_labels(sample.labels, opacity) for opacity in (255, _OPACITY))
+    opaque, clear = (_labels(sample.labels, names, opacity) for opacity in (255, _OPACITY))
     sharpest = strips[0].pictures[_clearest(sample.series[having[0].name], num_dates)]
     pictures = (
         Picture(opaque, "map", f"label map, {size} across: {listed}"),
@@ -156,9 +157,9 @@ def _stripes(mask: Bool[np.ndarray, "H W"]) -> str:
     return _palette(striped.astype(np.uint8), [(255, 255, 255), _STRIPES], [0, 255])
 
 
-def _labels(labels: UInt8[np.ndarray, "H W"], opacity: int) -> str:
+def _labels(labels: UInt8[np.ndarray, "H W"], names: Sequence[str], opacity: int) -> str:
     """The label map in its colours, transparent where nothing is mapped."""
-    colours = np.rint(label_colours(OSM.classes) * 255).astype(int).tolist()
+    colours = np.rint(label_colours(names) * 255).astype(int).tolist()
     return _palette(labels, [(255, 255, 255), *colours], [0, *[opacity] * len(colours)])
 
 

@@ -19,6 +19,7 @@ from rasterio.transform import Affine
 
 from skysense_jax.ingest import planes, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected
+from skysense_jax.ingest.dates import Interval, interval
 from skysense_jax.ingest.geotiffs import check_type
 from skysense_jax.ingest.grids import NOWHERE, Grid, Ground, crs_of
 from skysense_jax.ingest.names import UNSET, day_of, orbit_of, parse_day
@@ -41,7 +42,7 @@ class Layout:
       products: variable with the name of the Sentinel product of each date, for days and offsets.
       classes: of Level-2A's scene classification; clouds: with probabilities of what hides the ground, percent, the
         planes ``cloud_bands`` of it if it has an axis of bands.
-      dates: first and last day that are wanted, with / between.
+      dates: which are wanted, as ``dates.interval`` reads them.
       scale: numbers times this are in the row's unit, instead of scale_factor and add_offset.
       offset, unit, orbit, day_pattern, day: see geotiffs.py.
     """
@@ -184,12 +185,11 @@ def _dates(files: Sequence[_File], layout: Layout) -> tuple[list[tuple[_Time, di
         return [(_Time("", day), {file.path: 0 for file in files})], {}
     if layout.day:
         raise Refused(f"day = {layout.day!r} for files that have an axis of time")
-    begin, _, end = layout.dates.partition("/")
-    first, last = (parse_day(begin), parse_day(end or begin)) if begin else (-np.inf, np.inf)
+    within = interval(layout.dates) if layout.dates else Interval()
     numbers = {file.path: {time.name: number for number, time in enumerate(file.times)} for file in timed}
     found, rejected = [], {}
     for time in {time.name: time for file in timed for time in file.times}.values():
-        if not first <= time.day <= last:
+        if not within.meets_day(time.day):
             continue
         lacking = [pathlib.Path(path).name for path, named in numbers.items() if time.name not in named]
         if lacking:

@@ -21,7 +21,7 @@ from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import figures, index
 from skysense_jax.ingest.histograms import Histograms, load
 from skysense_jax.ingest.suspicions import Where
-from skysense_jax.modalities import Modality
+from skysense_jax.modalities import LabelMap, Modality
 
 _INDEX, _STATISTICS = "index.parquet", "statistics.json"
 _SUFFIX = ".array_record"
@@ -33,7 +33,7 @@ class Dataset:
     """What can be known of a folder of samples without reading all of them.
 
     Attributes:
-      rows: of the modality table, that samples may have.
+      rows: of the modality table, that samples may have; ``labels``: their label map.
       num_samples: in the folder; ``index`` has a row for each of them, or for those that were read.
       index, figures: as index.py and figures.py have them; figures of ``num_measured`` samples.
       statistics: as ``Histograms.summary``, of ``described``.
@@ -43,6 +43,7 @@ class Dataset:
 
     folder: pathlib.Path
     rows: tuple[Modality, ...]
+    labels: LabelMap
     num_samples: int
     index: pa.dataset.Dataset
     figures: pa.dataset.Dataset
@@ -60,7 +61,7 @@ class Dataset:
 
     def read(self, where: Where) -> Sample:
         """One sample; raises RecordError if it is damaged."""
-        return read(self.folder, where, self.rows)
+        return read(self.folder, where, self.rows, self.labels)
 
 
 def open_dataset(folder: pathlib.Path, *, examine: int, seed: int) -> Dataset:
@@ -76,10 +77,10 @@ def open_dataset(folder: pathlib.Path, *, examine: int, seed: int) -> Dataset:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; wanted one that ingest.build wrote, or one with *{_SUFFIX} files")
     reader = _built if (folder / _INDEX).exists() else _of_records
-    return reader(folder, index.read_rows(folder), examine=examine, seed=seed)
+    return reader(folder, index.read_rows(folder), index.read_labels(folder), examine=examine, seed=seed)
 
 
-def read(folder: pathlib.Path, where: Where, rows: Sequence[Modality]) -> Sample:
+def read(folder: pathlib.Path, where: Where, rows: Sequence[Modality], labels: LabelMap) -> Sample:
     """One sample of a folder.
 
     Raises:
@@ -87,7 +88,7 @@ def read(folder: pathlib.Path, where: Where, rows: Sequence[Modality]) -> Sample
     """
     path = folder / f"{where[0]}{_SUFFIX}"
     try:
-        return RecordSource([path], rows)[where[1]].decode()
+        return RecordSource([path], rows, labels)[where[1]].decode()
     except (ValueError, IndexError) as error:  # RecordError is a ValueError; no file, or a shorter one
         raise RecordError(str(error)) from error
 
@@ -98,7 +99,7 @@ def drawn(names: Iterable[str], *, num: int, seed: int) -> list[int]:
     return [place for place, _ in heapq.nsmallest(num, enumerate(names), key=rank)]
 
 
-def _built(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: int, seed: int) -> Dataset:
+def _built(folder: pathlib.Path, rows: tuple[Modality, ...], labels: LabelMap, *, examine: int, seed: int) -> Dataset:
     indexed = pa.dataset.dataset(folder / _INDEX)
     num = indexed.count_rows()
     tables, archives = (sorted((folder / "parts").glob(pattern)) for pattern in ("*.parquet", "train-*.npz"))
@@ -108,11 +109,12 @@ def _built(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: int, se
         places = indexed.to_table(columns=["id", "shard", "record"])
         chosen = sorted(drawn(places["id"].to_pylist(), num=examine, seed=seed))
         some = places.take(pa.array(chosen, pa.int64()))
-        found = _measure(folder, rows, list(zip(some["shard"].to_pylist(), some["record"].to_pylist())))
+        found = _measure(folder, rows, labels, list(zip(some["shard"].to_pylist(), some["record"].to_pylist())))
     counts, counted = _counts(archives) if archives else (found.counts, f"{found.num} samples that were read")
     return Dataset(
         folder=folder,
         rows=rows,
+        labels=labels,
         num_samples=num,
         index=indexed,
         figures=pa.dataset.dataset(tables, schema=figures.SCHEMA) if tables else found.figures,
@@ -135,7 +137,9 @@ def _counts(archives: Sequence[pathlib.Path]) -> tuple[Mapping[str, np.ndarray],
     return total.counts, f"{shards}all samples to train on"
 
 
-def _of_records(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: int, seed: int) -> Dataset:
+def _of_records(
+    folder: pathlib.Path, rows: tuple[Modality, ...], labels: LabelMap, *, examine: int, seed: int
+) -> Dataset:
     files = sorted(folder.glob(f"*{_SUFFIX}"))
     if not files:
         raise ValueError(f"{folder} has neither {_INDEX} nor *{_SUFFIX} files; wanted a folder that ingest.build wrote")
@@ -144,7 +148,7 @@ def _of_records(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: in
         (file.name.removesuffix(_SUFFIX), record) for file, length in zip(files, lengths) for record in range(length)
     ]
     chosen = sorted(drawn((f"{shard} {record}" for shard, record in places), num=examine, seed=seed))
-    found = _measure(folder, rows, [places[place] for place in chosen])
+    found = _measure(folder, rows, labels, [places[place] for place in chosen])
     if not found.rows:
         raise ValueError(
             f"{folder}: none of the {len(chosen)} records read can be used: {next(iter(found.unreadable.values()))}"
@@ -155,6 +159,7 @@ def _of_records(folder: pathlib.Path, rows: tuple[Modality, ...], *, examine: in
     return Dataset(
         folder=folder,
         rows=rows,
+        labels=labels,
         num_samples=len(places),
         index=pa.dataset.dataset(pa.Table.from_pylist(found.rows)),
         figures=found.figures,
@@ -181,16 +186,16 @@ class _Measured:
         return len(self.rows)
 
 
-def _measure(folder: pathlib.Path, rows: tuple[Modality, ...], places: Sequence[Where]) -> _Measured:
+def _measure(folder: pathlib.Path, rows: tuple[Modality, ...], labels: LabelMap, places: Sequence[Where]) -> _Measured:
     histograms, listed, measured, unreadable = Histograms(rows), [], [], {}
     for shard, record in places:
         try:
-            sample = read(folder, (shard, record), rows)
+            sample = read(folder, (shard, record), rows, labels)
         except RecordError as error:
             unreadable[shard, record] = str(error)
             continue
         where = dict(shard=shard, record=record)
-        listed.append(index.row(index.facts(sample, split=shard.split("-")[0], **where), rows))
+        listed.append(index.row(index.facts(sample, split=shard.split("-")[0], labels=labels, **where), rows))
         measured += figures.measure(sample, rows, **where)
         for name, series in sample.series.items():
             histograms.add(name, series.images, series.valid)

@@ -244,6 +244,7 @@ def finish(maker: Maker, out: epath.Path) -> str:
     seen, statistics = [row for row in maker.rows if counts.having[row.name]], histograms.summary()
     told = card.text(counts, statistics, maker.sources, maker.rows, maker.labels)
     put(out / "statistics.json", lambda file: file.write_text(json.dumps(statistics, indent=1) + "\n"))
+    put(out / index_lib.CLASSES, lambda file: index_lib.write_classes(maker.labels, file))
     put(out / index_lib.ROWS, lambda file: index_lib.write_rows(seen, file))
     put(out / "README.md", lambda file: file.write_text(told))
     return card.table(counts, maker.rows)

@@ -1,4 +1,4 @@
-"""What a dataset says of itself: the rows of the modality table that its samples are of, and a row for each sample.
+"""What a dataset says of itself: rows of the modality table, classes of its label map, and a row for each sample.
 
 The index is written with no more than one of its row groups in memory.
 
@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from skysense_jax.data.sample import UNDATED, Sample
-from skysense_jax.modalities import MODALITIES, OSM, LabelMap, Modality, from_json
+from skysense_jax.modalities import MODALITIES, OSM, LabelMap, Modality, from_json, label_map
 
-ROWS = "modalities.json"
+ROWS, CLASSES = "modalities.json", "classes.json"
 _ROW_GROUP = 2**16  # samples, some 20 MB of them
 _COLUMNS = {
     **dict(id=pa.string(), split=pa.string(), shard=pa.string(), record=pa.int64()),
@@ -39,6 +39,17 @@ def read_rows(folder: pathlib.Path) -> tuple[Modality, ...]:
     if not path.exists():
         return tuple(MODALITIES.values())
     return tuple(from_json(row) for row in json.loads(path.read_text()))
+
+
+def write_classes(labels: LabelMap, path: pathlib.Path) -> None:
+    """Writes the names of a label map's classes to its file ``CLASSES``."""
+    path.write_text(json.dumps(list(labels.classes), indent=1) + "\n")
+
+
+def read_labels(folder: pathlib.Path) -> LabelMap:
+    """The label map of the samples of a folder: the table's own if ``write_classes`` wrote nothing."""
+    path = folder / CLASSES
+    return label_map(json.loads(path.read_text()) if path.exists() else ())
 
 
 def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelMap = OSM) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def _card(dataset: Dataset, where: Where, found: Suspicions, num_dates: int) -> 
         sample = dataset.read(where)
     except RecordError as error:
         return Card(where, split, [*hits, Hit("unreadable", 1.0, *where, str(error))])
-    return Card(where, split, hits, sample, contact(sample, dataset.rows, num_dates=num_dates))
+    return Card(
+        where, split, hits, sample, contact(sample, dataset.rows, num_dates=num_dates, names=dataset.labels.classes)
+    )
 
 
 def _map(numbers: Survey, places: pa.Table, cards: Sequence[Card]) -> str:

@@ -7,7 +7,7 @@ another. Next: inspect.py, which gathers what is shown.
 import dataclasses
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import to_hex
@@ -21,10 +21,9 @@ from skysense_jax.ingest.dataset import Dataset
 from skysense_jax.ingest.page_style import STYLE
 from skysense_jax.ingest.survey import HIDDEN_BINS, OfRow, Survey
 from skysense_jax.ingest.suspicions import KINDS, Hit, Suspicions, Where
-from skysense_jax.modalities import METRES_PER_CELL, OSM
+from skysense_jax.modalities import METRES_PER_CELL
 
 _TITLES = {kind.name: kind.title for kind in KINDS}
-_COLOURS = {"nothing mapped": to_hex(NOTHING)} | dict(zip(OSM.classes, map(to_hex, label_colours(OSM.classes))))
 _MOST_REASONS = 40  # of what came to nothing
 
 
@@ -57,10 +56,10 @@ def page(
     sections = [
         ("places", "Places", _places(survey, places)),
         ("suspicions", "Suspicions", _suspicions(dataset, found, [*suspicious, *drawn])),
-        ("samples", "Samples", _samples(suspicious, drawn)),
+        ("samples", "Samples", _samples(dataset, suspicious, drawn)),
         ("bands", "Bands against the modality table", _bands(dataset, survey)),
         ("dates", "Dates and clouds", _dates(dataset, survey)),
-        ("classes", "Classes", _classes(survey)),
+        ("classes", "Classes", _classes(dataset, survey)),
         ("rejected", "What came to nothing", _rejected(survey)),
     ]
     links = "".join(element("li", element("a", title, href=f"#{name}")) for name, title, _ in sections)
@@ -163,7 +162,8 @@ def _name(card: Card) -> str:
     return card.sample.id if card.sample is not None else f"{card.where[0]}, record {card.where[1]}"
 
 
-def _samples(suspicious: Sequence[Card], drawn: Sequence[Card]) -> str:
+def _samples(dataset: Dataset, suspicious: Sequence[Card], drawn: Sequence[Card]) -> str:
+    colours = _colours(dataset)
     box = '<input type="checkbox" id="overlays" checked> '
     toggle = element("p", element("label", f"{box}clouds as stripes, and the map over imagery", for_="overlays"))
     text = (
@@ -172,11 +172,11 @@ def _samples(suspicious: Sequence[Card], drawn: Sequence[Card]) -> str:
     parts = [toggle, element("p", text, class_="faint")]
     for title, cards in (("Suspicious samples first", suspicious), ("Samples drawn by a hash of their name", drawn)):
         if cards:
-            parts.append(element("h3", title) + "".join(_card(card) for card in cards))
+            parts.append(element("h3", title) + "".join(_card(card, colours) for card in cards))
     return "".join(parts)
 
 
-def _card(card: Card) -> str:
+def _card(card: Card, colours: Mapping[str, str]) -> str:
     sample = card.sample
     reasons = "".join(
         element("li", f"{element('a', _TITLES[hit.kind], href=f'#{hit.kind}')}: {html.escape(hit.told)}")
@@ -193,18 +193,24 @@ def _card(card: Card) -> str:
     strips = [] if card.contact is None else [*card.contact.strips[:1], card.contact.labels, *card.contact.strips[1:]]
     shown = [strip for strip in strips if strip is not None]
     content = "".join(_strip(strip) for strip in shown)
-    body = head + element("div", content, class_="strips") + (_legend(card.contact) if card.contact else "")
+    body = head + element("div", content, class_="strips") + (_legend(card.contact, colours) if card.contact else "")
     return element("article", body, class_="sample", id=card.anchor)
 
 
-def _legend(contact: Contact) -> str:
+def _legend(contact: Contact, colours: Mapping[str, str]) -> str:
     """Colours and shares of the classes of a sample's label map."""
-    entries = [element("li", f"{_class(name)} {share:.0%}") for name, share in contact.classes]
+    entries = [element("li", f"{_class(name, colours[name])} {share:.0%}") for name, share in contact.classes]
     return element("ul", "".join(entries), class_="legend", aria_label="Classes of the map") if entries else ""
 
 
-def _class(name: str) -> str:
-    return element("span", class_="swatch", style=f"background:{_COLOURS[name]}") + name.replace("_", " ")
+def _colours(dataset: Dataset) -> dict[str, str]:
+    """Of each class of the label map by id, "nothing mapped" first."""
+    names = dataset.labels.classes
+    return {"nothing mapped": to_hex(NOTHING)} | dict(zip(names, map(to_hex, label_colours(names))))
+
+
+def _class(name: str, colour: str) -> str:
+    return element("span", class_="swatch", style=f"background:{colour}") + html.escape(name.replace("_", " "))
 
 
 def _strip(strip: Strip) -> str:
@@ -325,14 +331,14 @@ def _months(name: str, of: OfRow) -> str:
     )
 
 
-def _classes(survey: Survey) -> str:
+def _classes(dataset: Dataset, survey: Survey) -> str:
     if not survey.mapped:
         return element("p", "No sample has a label map.")
     total, rows = survey.class_pixels.sum(), []
-    for place, name in enumerate(_COLOURS):
+    for place, (name, colour) in enumerate(_colours(dataset).items()):
         share = survey.class_pixels[place] / total
         meter = element("span", class_="meter", style=f"width:{share:.1%}") if share else ""
-        rows.append([_class(name), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
+        rows.append([_class(name, colour), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
     without = len(survey.longitudes) - survey.mapped
     caption = f"{_many(survey.mapped, 'label map')}" + (f"; {_many(without, 'sample')} without one" if without else "")
     return table(

@@ -101,7 +101,7 @@ def read_series(
 def _failure(read: Callable[[Sequence[Acquisition]], Date], acquisition: Acquisition) -> Exception | None:
     """Why the files of an acquisition cannot be read, None if they can: that they show nothing here is no failure."""
     try:
-        remote.again(functools.partial(read, [acquisition]))
+        read([acquisition])
     except Refused:
         return None
     except (RasterioError, OSError) as error:

@@ -26,10 +26,10 @@ from typing import Any
 import rasterio.errors
 import shapely
 
-from skysense_jax.ingest import cubes, geotiffs, ground, names, osm, remote, safe, stac, tables
+from skysense_jax.ingest import cubes, dates, geotiffs, ground, names, osm, remote, safe, stac, tables
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
-from skysense_jax.modalities import MODALITIES, Modality, select
+from skysense_jax.modalities import MODALITIES, Modality, arguments, select
 
 LABELS = "osm"  # the kind whose files are label maps, and no acquisitions
 
@@ -154,7 +154,7 @@ def rows_with(new: Sequence[Mapping[str, Any]]) -> tuple[Modality, ...]:
     Raises:
       TypeError, ValueError, AttributeError: they are no arguments of ``Modality``.
     """
-    new = [{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in new]
+    new = [arguments(row) for row in new]
     return select([*MODALITIES, *(row.get("name", "?") for row in new)], new)
 
 
@@ -220,8 +220,8 @@ def _check_values(entry: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {field} with modality = {modality!r}; it is a field of {row!r}")
     try:
         remote.signer(entry.get("sign", ""))
-        if "dates" in entry and kind == "stac":
-            stac.interval(entry["dates"])
+        if "dates" in entry:
+            dates.interval(entry["dates"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

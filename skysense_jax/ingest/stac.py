@@ -7,9 +7,7 @@ Sources: the item properties of Earth Search ("earthsearch:boa_offset_applied") 
 """
 
 import dataclasses
-import datetime
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from pystac_client.stac_api_io import StacApiIO
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest import geotiffs, remote, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected
+from skysense_jax.ingest.dates import Interval, interval, utc
 from skysense_jax.ingest.places import boxes_of
 from skysense_jax.ingest.rasters import Refused
 
@@ -38,60 +37,6 @@ _UNITS = {  # of a radar's numbers, as items call them; other words tell nothing
 _TRIES, _BACKOFF, _TIMEOUT_S = 4, 0.5, 30.0  # of a request: again, seconds doubled each time, seconds
 _BUSY = (408, 429, 500, 502, 503, 504)  # status codes behind which a server may answer later
 _ERRORS = (APIError, ClientTypeError, STACError, OSError, ValueError, KeyError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A time from ``begin`` to before ``end``; None: from or to whenever."""
-
-    begin: datetime.datetime | None = None
-    end: datetime.datetime | None = None
-
-    def meets(self, first: datetime.datetime, last: datetime.datetime) -> bool:
-        """Whether some of the time from ``first`` to ``last`` lies in it."""
-        return (self.begin is None or last >= self.begin) and (self.end is None or first < self.end)
-
-    def asked(self) -> str | None:
-        """As an API is asked for it, in whole seconds; None: no bound."""
-        if self.begin is None and self.end is None:
-            return None
-        last = self.end and self.end - datetime.timedelta(seconds=1)
-        return "/".join(f"{_utc(time):%Y-%m-%dT%H:%M:%SZ}" if time else ".." for time in (self.begin, last))
-
-
-_WITHIN = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d))?)?")
-
-
-def interval(text: str) -> Interval:
-    """The time that a text says: a year, a month, a day or a time of RFC 3339, or two with / between.
-
-    An end of a range that is ".." or empty is open.
-
-    Raises:
-      ValueError: the text says none.
-    """
-    parts = text.split("/")
-    spans = [Interval() if len(parts) == 2 and part in ("", "..") else _span(part) for part in parts]
-    found = Interval(spans[0].begin, spans[-1].end)
-    if len(parts) > 2 or found == Interval() or (found.begin and found.end and found.begin >= found.end):
-        raise ValueError(f"{text!r} is no time, or one that ends before it begins")
-    return found
-
-
-def _span(text: str) -> Interval:
-    """From the first to behind the last second of a year, month, day or second."""
-    match = _WITHIN.fullmatch(text)
-    if match is None:
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d[Tt ].*", text):
-            raise ValueError(f"{text!r} is no year, month, day or time")
-        begin = _utc(datetime.datetime.fromisoformat(text.upper())).replace(microsecond=0)
-        return Interval(begin, begin + datetime.timedelta(seconds=1))
-    year, month, day = (int(part) if part else None for part in match.groups())
-    begin = datetime.datetime(year, month or 1, day or 1, tzinfo=datetime.UTC)
-    if day:
-        return Interval(begin, begin + datetime.timedelta(days=1))
-    after = (year, month + 1) if month and month < 12 else (year + 1, 1)
-    return Interval(begin, datetime.datetime(*after, 1, tzinfo=datetime.UTC))
 
 
 def find(
@@ -108,7 +53,7 @@ def find(
     Args:
       href: of a static catalogue or an API.
       source: name of the source.
-      collections, bbox, dates: what is asked for; ``bbox`` in degrees, ``dates`` as ``interval`` reads them.
+      collections, bbox, dates: what is asked for; ``bbox`` in degrees, ``dates`` as ``dates.interval`` reads them.
       how: further arguments of ``read_item``.
     """
     found, rejected = [], []
@@ -180,7 +125,7 @@ def _wanted(item: pystac.Item, collections: Sequence[str], bbox: Sequence[float]
     """What an API would ask of an item."""
     facts = item.common_metadata
     times = (item.datetime,) if item.datetime else (facts.start_datetime, facts.end_datetime)
-    known = [_utc(time) for time in times if time]
+    known = [utc(time) for time in times if time]
     in_time = within == Interval() or (bool(known) and within.meets(known[0], known[-1]))
     boxes = boxes_of(_flat(item.bbox)) if item.bbox else []
     near = not bbox or any(box.intersects(other) for box in boxes for other in boxes_of(_flat(bbox)))
@@ -215,7 +160,7 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
         layers[band] = _layer(found[0])
     bounds = _flat(item.bbox) if item.bbox else geotiffs.bounds_of(opening(next(iter(layers.values()))))
-    date = _utc(item.datetime).date() if item.datetime else None
+    date = utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
         scl = files.get(sentinel.CLASSES.lower())
@@ -254,10 +199,6 @@ def _unit(item: pystac.Item) -> str:
 def _flat(bbox: Sequence[float]) -> Sequence[float]:
     """West, south, east, north, of a box that may have heights too."""
     return [bbox[i] for i in (0, 1, 3, 4)] if len(bbox) == 6 else bbox
-
-
-def _utc(time: datetime.datetime) -> datetime.datetime:
-    return time.astimezone(datetime.UTC) if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def _baseline(item: pystac.Item) -> float | None:

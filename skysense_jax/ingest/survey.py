@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 
 from skysense_jax.ingest.dataset import Dataset
 from skysense_jax.ingest.suspicions import Look
-from skysense_jax.modalities import OSM, Modality
+from skysense_jax.modalities import Modality
 
 _HELD_OUT = ("validation", "test")
 HIDDEN_BINS = 10  # of the hidden share, 0 to 1
@@ -84,7 +84,7 @@ def survey(dataset: Dataset, together: Mapping[str, Look]) -> Survey:
     column = lambda name: dataset.index.to_table(columns=[name])[name]  # noqa: E731
     splits = column("split")
     first, last = pc.min(column("first_day")).as_py(), pc.max(column("last_day")).as_py()
-    mapped, pixels, samples = _classes(dataset.index)
+    mapped, pixels, samples = _classes(dataset.index, dataset.labels.num_classes)
     rows = {
         row.name: _of_row(dataset, row, together[row.name])
         for row in dataset.rows
@@ -126,9 +126,9 @@ def _of_row(dataset: Dataset, row: Modality, seen: Look) -> OfRow:
     )
 
 
-def _classes(index: pa.dataset.Dataset) -> tuple[int, np.ndarray, np.ndarray]:
+def _classes(index: pa.dataset.Dataset, num_classes: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Samples with a map, and of each class id its pixels and the samples that have some."""
-    num, pixels, samples = 0, np.zeros(OSM.num_classes + 1, np.int64), np.zeros(OSM.num_classes + 1, np.int64)
+    num, pixels, samples = 0, np.zeros(num_classes + 1, np.int64), np.zeros(num_classes + 1, np.int64)
     if pa.types.is_null(index.schema.field("classes").type):
         return num, pixels, samples
     for batch in index.to_batches(columns=["classes"]):

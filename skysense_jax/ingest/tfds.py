@@ -68,7 +68,8 @@ class SkysenseSamples(tfds.core.DatasetBuilder):
         for name in _BESIDE:
             _link(samples / name, target / name)
         self.info.set_splits(tfds.core.SplitDict(splits))
-        self.info.features.take(json.loads((samples / index.ROWS).read_text()))
+        rows = json.loads((samples / index.ROWS).read_text())
+        self.info.features.take(rows, index.read_labels(samples).classes)
 
     def _as_dataset(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("ArrayRecord files are read by tfds.data_source, not by tf.data")

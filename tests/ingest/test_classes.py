@@ -1,18 +1,21 @@
 """Label maps of a user's own classes: from a list of sources to what a run trains on, and what must agree."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
+import tensorflow_datasets as tfds
 
 from configs import tiny
 from skysense_jax import assembly, config_checks, dry_run
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import RecordSource
 from skysense_jax.data.text import load_text_table, make_table
-from skysense_jax.ingest import build, osm, plan
+from skysense_jax.ingest import build, inspect, osm, plan
+from skysense_jax.ingest import tfds as tfds_dataset
 from skysense_jax.ingest.rasters import Square
 from skysense_jax.modalities import MODALITIES, OSM, label_map
 from tests.ingest import earth
@@ -167,3 +170,19 @@ def test_classes_that_cannot_be_are_refused(dataset, capsys, old, new, told):
 def test_without_classes_of_its_own_a_list_has_ours():
     assert osm.read_classes(()) is osm.CLASSES
     assert label_map() is OSM
+
+
+def test_page_and_tensorflow_datasets_read_them_by_the_dataset_s_own_words(dataset, tmp_path):
+    page = inspect.inspect(dataset / "d", num_samples=4)
+    shares = dict(re.findall(r'scope="row"><span[^>]*></span>([^<]*)</th><td[^>]*>([\d.]+%)', page))
+    rows = pq.read_table(dataset / "d" / "index.parquet", columns=["classes"])["classes"].to_pylist()
+    total = np.sum(rows, axis=0)
+    wanted = {name: f"{num / total.sum():.2%}" for name, num in zip(("nothing mapped", *NAMES), total)}
+    assert shares == wanted
+    assert "cannot be read" not in page
+    tfds_dataset.prepare(dataset / "d", tmp_path)
+    source = tfds.data_source(tfds_dataset.SkysenseSamples.name, data_dir=tmp_path, split="train")
+    records = RecordSource(str(dataset / "d" / "*.array_record"), (MODALITIES["s1"],), label_map(NAMES))
+    for element, record in zip(source, (records[i] for i in range(len(records))), strict=True):
+        np.testing.assert_array_equal(element["labels"], record.decode().labels)
+    assert "greenhouse" in source.dataset_info.features["labels"].doc.desc

@@ -9,7 +9,7 @@ import pytest
 import rasterio
 import rasterio.warp
 
-from skysense_jax.ingest import cubes, planes
+from skysense_jax.ingest import cubes, planes, sources
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected, read, write
 from skysense_jax.ingest.cubes import Layout
 from skysense_jax.ingest.grids import Ground
@@ -117,8 +117,10 @@ def test_sizes_in_their_own_files_are_one_date_and_clouds_are_those_of_the_class
     }
     earth.write_cube(paths[0], _bands(ten), times)
     earth.write_cube(paths[1], coarse, times, size=20.0)
-    found, rejected = _cube(paths, offset=0, dates="2018-03-02/2018-03-10")
-    assert ([entry.day for entry in found], rejected) == ([FIRST + 5], [])
+    for dates in ("../2018-03-06", "2018-03-06T12:00:00Z", "2018-03-02/2018-03-10"):
+        found, rejected = _cube(paths, offset=0, dates=dates)
+        first = [FIRST] if dates.startswith("..") else []
+        assert ([entry.day for entry in found], rejected) == ([*first, FIRST + 5], [])
     series = _series(found)
     assert series.cloud[0, :, :12].all()
     assert not series.cloud[0, :, 12:].any()
@@ -352,3 +354,22 @@ def test_file_that_is_damaged_is_named(tmp_path):
     (tmp_path / "a.h5").unlink()
     _, rejected = read_series(found, SQUARE, S2, min_clear_share=0.1)
     assert [entry.reason.startswith("unreachable: ") for entry in rejected] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ('dates = "yesterday"', "'yesterday' is no year, month, day or time"),
+        ('dates = "2022/2021"', "ends before it begins"),
+        ('variables = ["a"]\narray = "b"', "variables and array; wanted one of them"),
+        ("cloud_bands = [0]", r"cloud_bands = \[0\]; wanted numbers from 1"),
+        ('unit = "dB"', "unit with modality = 's2'; it is a field of 's1'"),
+    ],
+)
+def test_field_of_a_cube_that_cannot_be_is_refused_by_the_list(tmp_path, field, told):
+    (tmp_path / "a.nc").touch()
+    path = tmp_path / "list.toml"
+    entry = 'name = "c"\nkind = "cube"\nmodality = "s2"\nfiles = "a.nc"\nlicence = "x"'
+    path.write_text(f"[[source]]\n{entry}\n{field}\n")
+    with pytest.raises(ValueError, match=rf"--sources: .*list.toml, source 'c': .*{told}"):
+        sources.read_list(path)

@@ -19,7 +19,7 @@ from rasterio.errors import RasterioIOError
 from rasterio.transform import from_origin
 
 from skysense_jax.data.records import RecordSource
-from skysense_jax.ingest import acquisitions, build, plan, remote, stac
+from skysense_jax.ingest import acquisitions, build, dates, plan, remote, stac
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.windows import opened
 from skysense_jax.modalities import MODALITIES
@@ -360,7 +360,7 @@ def test_dates_mean_the_same_to_a_static_catalogue_and_an_api(served, tmp_path, 
 )
 def test_date_that_says_nothing_is_refused(text):
     with pytest.raises(ValueError, match=r"year|time|month|hour"):
-        stac.interval(text)
+        dates.interval(text)
 
 
 # ---- static catalogues on servers
