@@ -326,7 +326,7 @@ def test_source_whose_records_all_lie_is_refused_before_the_first_step(tmp_path,
     )
     rows = modalities.select(("s1",))
     with ShardWriter(tmp_path / "linear.array_record") as writer, monkeypatch.context() as patch:
-        patch.setattr(records, "validate_sample", lambda sample, rows: None)
+        patch.setattr(records, "validate_sample", lambda *_: None)
         for i in range(6):
             writer.write(encode_sample(Sample(id=f"linear-{i}", extent_cells=8, series={"s1": series}), rows))
     config = mono_config()
