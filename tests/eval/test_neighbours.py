@@ -1,0 +1,62 @@
+"""k nearest neighbours against scikit-learn's brute force, on meshes, and on what it cannot take."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from skysense_jax.eval import neighbours
+from skysense_jax.sharding import make_mesh
+
+
+def _blobs(num_rows, *, seed, width=13, num_classes=5):
+    """Rows around class means that overlap, none of length one."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(0).normal(size=(num_classes, width))
+    labels = rng.integers(num_classes, size=num_rows)
+    scales = rng.uniform(0.1, 9, size=(num_rows, 1))
+    return (scales * (means[labels] + rng.normal(size=(num_rows, width)))).astype(np.float32), labels
+
+
+def _brute_force(train, labels, test, *, k):
+    model = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    return model.fit(train.astype(np.float64), labels).predict(test.astype(np.float64))
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+@pytest.mark.parametrize("block", [16, 4096])
+def test_prediction_equals_brute_force(k, block):
+    train, labels = _blobs(211, seed=1)
+    test, wanted = _blobs(57, seed=2)
+    found = neighbours.predict(train, labels, test, num_classes=5, k=k, block=block)
+    np.testing.assert_array_equal(found, _brute_force(train, labels, test, k=k))
+    assert 0.5 < (found == wanted).mean() < 1  # neither chance nor too easy to tell two rules apart
+
+
+def test_mesh_does_not_change_a_prediction():
+    train, labels = _blobs(211, seed=1)
+    test, _ = _blobs(57, seed=2)
+    alone = neighbours.predict(train, labels, test, num_classes=5)
+    with jax.set_mesh(make_mesh(2, 2, 1, 2)):
+        np.testing.assert_array_equal(neighbours.predict(train, labels, test, num_classes=5, block=10), alone)
+
+
+def test_fewer_rows_than_neighbours_all_vote_and_weights_decide():
+    train = np.array([[1, 0], [0.1, 1], [0.1, 1]], np.float32)
+    found = neighbours.predict(train, np.array([2, 0, 0]), np.array([[5, 0.5]], np.float32), num_classes=3)
+    assert found.tolist() == [2]  # one near vote against two far ones
+
+
+def test_no_row_asked_is_no_answer():
+    train, labels = _blobs(9, seed=1)
+    assert neighbours.predict(train, labels, train[:0], num_classes=5).shape == (0,)
+
+
+def test_no_neighbour_and_labels_out_of_range_are_refused():
+    train, labels = _blobs(9, seed=1)
+    with pytest.raises(ValueError, match="no training row"):
+        neighbours.predict(train[:0], labels[:0], train, num_classes=5)
+    with pytest.raises(ValueError, match=r"got labels .* wanted 0 to 2"):
+        neighbours.predict(train, np.full(9, 3), train, num_classes=3)
