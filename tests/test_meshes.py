@@ -22,7 +22,7 @@ def _step(layout, parts, element, config=None, **kernels):
     config.mesh.update(dict(zip(sharding.MESH_AXES, layout)))
     config.parts.update(microbatches=parts[0], logits=parts[1])
     step = Compiled(config, jax.devices()[: np.prod(layout)], **kernels)
-    state, metrics = step(step.state(), element)
+    state, metrics = step(step.fresh, element)
     adam = next(part for part in state.optimizer if hasattr(part, "mu"))
     return metrics, dict(jax.tree_util.tree_leaves_with_path(adam.mu))
 

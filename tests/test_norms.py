@@ -39,7 +39,7 @@ def test_norms_of_a_step_are_those_of_its_gradient_and_of_its_terms():
     config.objective.weights.update(text_alignment=0.5, balance=1.0, router_z=1.0)
     config.parts.microbatches = 2
     compiled = Compiled(config, jax.devices())
-    element, state = next(iter(train.make_pipeline(config))), compiled.state()
+    element, state = next(iter(train.make_pipeline(config))), compiled.fresh
     _, metrics = compiled(state, element)
     with jax.set_mesh(compiled.mesh):
         boxed = train_state.boxed_state(compiled.run.network, compiled.run.optimizer, compiled.shapes).student

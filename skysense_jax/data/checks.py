@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from skysense_jax.data.sample import ORBITS, UNDATED, Sample
+from skysense_jax.data.sample import ORBITS, UNDATED, Sample, Series
 from skysense_jax.modalities import OSM, LabelMap, Modality
 
 MAX_EXTENT_CELLS = 256
@@ -41,13 +41,18 @@ def validate_sample(sample: Sample, modalities: Sequence[Modality], labels: Labe
     if unknown:
         raise RecordError(f"{where}: modalities {unknown} have no row in the table; known: {sorted(table)}")
     for name, series in sample.series.items():
-        _check_shapes(series, table[name], sample.extent_cells, f"{where}, modality {name!r}")
-        _check_dates(series, f"{where}, modality {name!r}")
-        _check_values(series, table[name], f"{where}, modality {name!r}")
+        check_series(series, table[name], sample.extent_cells, f"{where}, modality {name!r}")
     if not any(series.valid.any() for series in sample.series.values()):
         raise RecordError(f"{where}: no modality has a valid pixel (modalities: {sorted(sample.series)})")
     if sample.labels is not None:
         _check_labels(sample.labels, sample.extent_cells, labels, where)
+
+
+def check_series(series: Series, modality: Modality, extent_cells: int, where: str) -> None:
+    """Nothing; returns only if the series is what its row promises; raises RecordError."""
+    _check_shapes(series, modality, extent_cells, where)
+    _check_dates(series, where)
+    _check_values(series, modality, where)
 
 
 def check_range(

@@ -76,7 +76,7 @@ class Builder(Maker):
 
     def made(self, shard: Shard) -> Iterator[Made]:
         for place in self._places[shard.split][shard.start : shard.stop]:
-            yield Made(*self.sample(place))
+            yield folder.one(place.id, lambda place=place: Made(*self.sample(place)))
 
     def sample(self, place: Place) -> tuple[Sample | None, list[Rejected]]:
         """The sample of a place, None if it has not what it must have, and all that was left out, with reasons."""

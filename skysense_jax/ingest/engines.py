@@ -6,8 +6,10 @@ Both write the same bytes into the same folder, and one goes on where the other 
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -94,16 +96,24 @@ def _run_here(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Pa
         raise OSError(f"a process was killed, for want of memory perhaps; wanted --workers below {size}") from error
 
 
-_WORKER: list[Any] = []  # a process' own maker and folder: made once, and not sent with each shard
+# What a process makes its maker with, and the folder; the maker is made with the first shard, whose error is then told.
+_WORKER: list[Any] = []
 
 
 def _begin(make: Callable[[], Maker], out: epath.Path) -> None:
-    _WORKER[:] = [make(), out]
+    _WORKER[:] = [functools.cache(make), out]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's processes outlive a parent that is killed: each keeps open what would tell the others."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _write_one(shard: Shard) -> None:
-    maker, out = _WORKER
-    folder.write_shard(maker, shard, out)
+    make, out = _WORKER
+    folder.write_shard(make(), shard, out)
 
 
 def command(parser: argparse.ArgumentParser, work: Callable[[], str]) -> None:

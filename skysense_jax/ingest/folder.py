@@ -1,8 +1,9 @@
 """The folder of a dataset that is being made: whose it is, its shards, and what is written beside them.
 
-The unit of work is a shard: some samples in one ArrayRecord file. What it came to lies beside it in DIR/parts and is
-written last; a shard that has it is whole. Every file appears under its name whole or not at all, whoever else writes
-the same one at the same time. A folder is one of a file system or gs://bucket/name.
+The unit of work is a shard: some samples in one ArrayRecord file. What it came to lies beside it in DIR/parts; what is
+written last says how long each of its files is, and a shard whose files are so is whole. Every file appears under its
+name whole or not at all, whoever else writes the same one at the same time, and an unfinished one ends in no suffix
+that anybody looks for. A folder is one of a file system or gs://bucket/name.
 Next: engines.py (who makes the shards), build.py and from_tfds.py (of what).
 """
 
@@ -10,6 +11,7 @@ import abc
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -28,15 +30,17 @@ from skysense_jax import storage
 from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample
-from skysense_jax.ingest import card, figures
+from skysense_jax.ingest import card, figures, remote
 from skysense_jax.ingest import index as index_lib
 from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms, load
+from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.remote import UNREACHABLE
 from skysense_jax.modalities import OSM, LabelMap, Modality
 
 PARTS, FACTS, LOCK, REJECTED, INDEX = "parts", "build.json", ".lock", "rejected.jsonl", "index.parquet"
 TRAIN = "train"  # the split whose numbers statistics.json has
+_NOTHING = hashlib.sha256().digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,27 +119,54 @@ def directory(path: str | os.PathLike, *, flag: str) -> epath.Path:
     return epath.Path(path)
 
 
-def put(path: epath.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Makes the file that ``write`` writes at the path it is given appear as ``path`` when it is whole."""
+def put(path: epath.Path, write: Callable[[pathlib.Path], Any]) -> bytes:
+    """A digest of the file that ``write`` writes at the path it is given; it appears as ``path`` when it is whole."""
     if storage.in_bucket(path):
         with tempfile.TemporaryDirectory() as local:
             unfinished = pathlib.Path(local) / path.name
             write(unfinished)
             path.write_bytes(unfinished.read_bytes())  # an object is there when all of it is
-        return
-    unfinished = pathlib.Path(path).with_name(f"{path.stem}.incomplete-{uuid.uuid4().hex}{path.suffix}")
+            return _digest(unfinished)
+    unfinished = pathlib.Path(f"{path}.incomplete-{uuid.uuid4().hex}")
     try:
         write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # a name must not outlive a loss of power without its content
+        digest = _digest(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    return digest
+
+
+def _digest(path: os.PathLike) -> bytes:
+    """Of a file's content; that of an empty one if there is none."""
+    path = epath.Path(path)
+    if not path.exists():
+        return _NOTHING
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def one(name: str, make: Callable[[], Made]) -> Made:
+    """What ``make`` makes of the place ``name``; what it raises, of a library or of damaged bytes, costs no other."""
+    try:
+        return make()
+    except MemoryError:
+        raise
+    except (Refused, RecordError, OSError) as error:
+        told = remote.reason(error)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    return Made(None, [Rejected("place", name, told)])
 
 
 def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
     """Writes one shard.
 
     Raises:
-      OSError: it cannot be written. What cannot be read is listed, and the others go on.
+      OSError: it cannot be written, or another worker made something else of it at the same time. What cannot be read
+        is listed, and the others go on.
     """
     histograms, rejected, samples, measured, payloads = Histograms(maker.rows), [], [], [], []
     for made in maker.made(shard):
@@ -152,19 +183,28 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
         measured += figures.measure(made.sample, maker.rows, **where)
         for name, series in made.sample.series.items():
             histograms.add(name, series.images, series.valid)
-    path = out / shard.file
+    records, counts, figured, part = _files(out, shard)
     if payloads:
-        put(path, lambda file: _write_records(file, payloads))
+        written = [put(records, lambda file: _write_records(file, payloads))]
     else:
-        path.unlink(missing_ok=True)  # of a build that reached more
+        records.unlink(missing_ok=True)  # of a build that reached more
+        written = [_NOTHING]
+    written += [put(counts, histograms.save), put(figured, lambda file: figures.write(measured, file))]
     found = {
-        "bytes": _size(path),
+        "bytes": [_size(path) for path in (records, counts, figured)],
         "samples": samples,
         "rejected": [dataclasses.asdict(entry) for entry in rejected],
     }
-    put(out / PARTS / f"{shard.name}.npz", histograms.save)
-    put(out / PARTS / f"{shard.name}.parquet", lambda file: figures.write(measured, file))
-    put(out / PARTS / f"{shard.name}.json", lambda file: file.write_text(json.dumps(found, indent=1) + "\n"))
+    put(part, lambda file: file.write_text(json.dumps(found, indent=1) + "\n"))
+    # Of workers that have a shard at once, the one whose part is the last sees what is left of all their files.
+    if written != [_digest(path) for path in (records, counts, figured)]:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{records}: another worker made something else of it at the same time")
+
+
+def _files(out: epath.Path, shard: Shard) -> tuple[epath.Path, epath.Path, epath.Path, epath.Path]:
+    """Of a shard: its records, what is counted of them, their figures, and what is written last."""
+    return out / shard.file, *(out / PARTS / f"{shard.name}{suffix}" for suffix in (".npz", ".parquet", ".json"))
 
 
 def _write_records(path: pathlib.Path, payloads: Sequence[bytes]) -> None:
@@ -196,12 +236,14 @@ def _part(out: epath.Path, shard: Shard) -> dict[str, Any]:
     """What a shard came to.
 
     Raises:
-      OSError: it is not whole: not made, or its file is gone, or is not that of its part: two workers had it at once,
-        and a source answered one.
+      OSError: it is not whole: not made, or a file is gone or cut.
     """
-    part = out / PARTS / f"{shard.name}.json"
-    said = json.loads(part.read_text()) if part.exists() else {}
-    if said.get("bytes") != _size(out / shard.file):
+    *files, part = _files(out, shard)
+    try:
+        said = json.loads(part.read_text()) if part.exists() else {}
+    except ValueError:  # cut by a loss of power
+        said = {}
+    if said.get("bytes") != [_size(file) for file in files]:
         raise OSError(f"{out / shard.file} is not whole")
     return said
 
@@ -280,7 +322,10 @@ def _be(path: epath.Path, facts: Mapping[str, Any]) -> None:
     if not path.exists():
         put(path, lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
         return
-    had = json.loads(path.read_text())
+    try:
+        had = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: {path} is damaged ({error}); wanted a new folder") from error
     if had != facts:
         changed = sorted(key for key in had.keys() | facts.keys() if had.get(key) != facts.get(key))
         told = f"--out: {path.parent} was begun with another {', '.join(changed)}; wanted a new folder, or the same"

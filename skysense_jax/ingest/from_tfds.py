@@ -21,13 +21,11 @@ try:
 except ImportError as error:
     raise ModuleNotFoundError(f"{error}; this needs: pip install --editable '.[tfds]'") from error
 
-from skysense_jax.data.checks import RecordError
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import engines, folder
-from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.engines import Engine
 from skysense_jax.ingest.folder import Made, Maker, Shard
-from skysense_jax.ingest.rasters import MAX_STRETCH, Refused
+from skysense_jax.ingest.rasters import MAX_STRETCH
 from skysense_jax.ingest.tfds_sets import OF_UNKNOWN_SIZE, S2_L1C, SETS, Options, text_of
 from skysense_jax.modalities import METRES_PER_CELL, MODALITIES
 
@@ -62,14 +60,7 @@ class FromTfds(Maker):
     def made(self, shard: Shard) -> Iterator[Made]:
         for number in range(shard.start, shard.stop):
             name = f"{self._dataset} {shard.split} {number}"
-            try:
-                yield self._made(shard, number)
-            except (Refused, RecordError) as error:
-                yield Made(None, [Rejected("place", name, str(error))])
-            except MemoryError:
-                raise
-            except Exception as error:  # of a library, of damaged bytes: it must not cost the others
-                yield Made(None, [Rejected("place", name, f"{type(error).__name__}: {error}")])
+            yield folder.one(name, functools.partial(self._made, shard, number))
 
     def _made(self, shard: Shard, number: int) -> Made:
         element = self._elements[shard.split][number]

@@ -38,7 +38,8 @@ class Histograms:
 
     def save(self, path: pathlib.Path) -> None:
         """Writes them as one .npz, the same bytes for the same counts."""
-        np.savez_compressed(path, **{name: self.counts[name] for name in sorted(self.counts)})
+        with path.open("wb") as file:  # a path would be given another suffix
+            np.savez_compressed(file, **{name: self.counts[name] for name in sorted(self.counts)})
 
     def summary(self) -> dict[str, dict[str, list[float] | int]]:
         """For each row: how many valid pixels, and of each band mean, deviation, 1st, 50th and 99th percentile."""

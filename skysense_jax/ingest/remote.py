@@ -31,8 +31,8 @@ _BROKEN_OFF = "the server broke off"
 _OF_SERVERS = re.compile(
     rf"HTTP|CURL|timed? ?out|resolve host|connection|does not exist in the file system|{_BROKEN_OFF}", re.IGNORECASE
 )
-_GONE = re.compile("No such file")
-_ADDRESS = re.compile(r"\S+://\S+")
+_OF_DISKS = re.compile("No such file|Input/output error|Stale file handle|Too many open files|Host is down")
+_NAMES = re.compile(r"\S+://\S+|(?<!\S)['\"(]?/\S+")  # addresses and paths
 _OPTIONS = {
     "GDAL_HTTP_CONNECTTIMEOUT": "10",  # seconds
     "GDAL_HTTP_TIMEOUT": "60",
@@ -87,15 +87,15 @@ def _afresh(read: Callable[[], _T]) -> _T:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without signatures; begins with ``UNREACHABLE`` if a server or a missing file caused it."""
+    """What an error says, without signatures; begins with ``UNREACHABLE`` if a server or a disk is away."""
     text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(error))
-    return f"{UNREACHABLE}{text}" if _told(error, _OF_SERVERS) or _told(error, _GONE) else text
+    return f"{UNREACHABLE}{text}" if _told(error, _OF_SERVERS) or _told(error, _OF_DISKS) else text
 
 
 def _told(error: BaseException | None, pattern: re.Pattern) -> bool:
-    """Whether an error, or one that it came from, says so beside addresses: GDAL says the cause there."""
+    """Whether an error, or one that it came from, says so beside names of files: GDAL says the cause there."""
     while error is not None:
-        if pattern.search(_ADDRESS.sub("", str(error))):
+        if pattern.search(_NAMES.sub("", str(error))):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from rasterio.errors import RasterioError
 
+from skysense_jax.data.checks import RecordError, check_series
 from skysense_jax.data.sample import Series
 from skysense_jax.ingest import remote, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected, by_date
@@ -90,12 +91,36 @@ def read_series(
             continue
         dates.append(date)
         kept.append(group[0])
-    if not dates:
-        return None, rejected
-    try:
-        return _joined(row, kept, dates), rejected
-    except Refused as error:
-        return None, [*rejected, Rejected("date", ", ".join(acquisition.id for acquisition in kept), str(error))]
+    series, unlike = _acceptable(row, square.cells, kept, dates)
+    return series, [*rejected, *unlike]
+
+
+def _acceptable(
+    row: Modality, cells: int, acquisitions: Sequence[Acquisition], dates: Sequence[Date]
+) -> tuple[Series | None, list[Rejected]]:
+    """The series of dates that are what the row promises, and the others: one must not cost those beside it."""
+
+    def joined(some: Sequence[int]) -> tuple[Series | None, str]:
+        try:
+            series = _joined(row, [acquisitions[i] for i in some], [dates[i] for i in some])
+            check_series(series, row, cells, row.name)
+        except (Refused, RecordError) as error:
+            return None, str(error)
+        return series, ""
+
+    left, rejected = list(range(len(dates))), []
+    if not left:
+        return None, []
+    series, told = joined(left)
+    if series is None and len(dates) > 1:
+        reasons = {i: joined([i])[1] for i in left}
+        left = [i for i in left if not reasons[i]]
+        rejected = [Rejected("date", acquisitions[i].id, reason) for i, reason in reasons.items() if reason]
+        if left and rejected:
+            series, told = joined(left)
+    if series is None and left:
+        rejected.append(Rejected("date", ", ".join(acquisitions[i].id for i in left), told))
+    return series, rejected
 
 
 def _failure(read: Callable[[Sequence[Acquisition]], Date], acquisition: Acquisition) -> Exception | None:
@@ -126,7 +151,12 @@ def _joined(row: Modality, acquisitions: Sequence[Acquisition], dates: Sequence[
 
 
 def _read_image(group: Sequence[Acquisition], square: Square, row: Modality) -> Date:
-    return _date(_read(group, square, row), square, row, dtype=row.dtype)
+    """Pixels beyond the row's range have no data, whatever the file says of them."""
+    date, (low, high) = _date(_read(group, square, row), square, row, dtype=row.dtype), row.value_range
+    inside = date.valid & ((date.image >= low) & (date.image <= high)).all(-1)
+    if date.valid.any() and not inside.any():
+        raise Refused(f"none of its pixels lies between {low} and {high} ({row.unit})")
+    return dataclasses.replace(date, valid=inside)
 
 
 def _read_s1(group: Sequence[Acquisition], square: Square, row: Modality) -> Date:

@@ -1,7 +1,9 @@
 """Shards made by Apache Beam and by processes of this machine: the same bytes, after kills and in buckets too."""
 
 import contextlib
+import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -143,17 +145,85 @@ def test_workers_that_have_one_shard_at_once_leave_one_whole_shard(archive, loca
     assert written == {name: local[name] for name in written}
 
 
+def test_shard_of_which_two_workers_made_different_things_is_made_again(archive, local, tmp_path, monkeypatch):
+    """One worker is overtaken between its records and what it says of them by another, for whom a source is away."""
+    out = epath.Path(tmp_path / "out")
+    (out / folder.PARTS).mkdir(parents=True)
+    maker = build.Builder(archive / "manifest", places_per_shard=1, min_clear_share=0.1)
+    away = build.Builder(archive / "manifest", places_per_shard=1, min_clear_share=0.1)
+    away.rows = [row for row in away.rows if row.name != "s1"]
+    shard, put = maker.shards[0], folder.put
+
+    def overtaken(path, write):
+        if path.suffix == when:
+            monkeypatch.setattr(folder, "put", put)
+            folder.write_shard(away, shard, out)
+        return put(path, write)
+
+    for when in (".npz", ".parquet", ".json"):
+        monkeypatch.setattr(folder, "put", overtaken)
+        with pytest.raises(OSError, match="another worker made something else of it"):
+            folder.write_shard(maker, shard, out)
+        assert folder.to_make(out, [shard]) == [shard], when
+    folder.write_shard(maker, shard, out)
+    assert folder.to_make(out, [shard]) == []
+    written = _files(tmp_path / "out")
+    assert written == {name: local[name] for name in written}
+
+
+def test_processes_end_with_a_parent_that_is_killed(archive, local, tmp_path):
+    out = tmp_path / "out"
+    run = _start(archive, out, "--workers=2")
+    while run.poll() is None and not _made(out):
+        time.sleep(0.002)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+    assert time.monotonic() < deadline
+    assert _made(out) < 8
+    _build(archive, out)
+    assert _files(out) == local
+
+
 def test_shard_that_is_not_that_of_its_part_is_made_again(archive, local, tmp_path):
     out = tmp_path / "out"
     _build(archive, out)
     first, second, *_ = sorted(out.glob("train-*"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
+    parts = out / folder.PARTS
+    (parts / "train-00002-of-00006.json").write_text("")  # as a loss of power leaves a file
+    (parts / "train-00003-of-00006.npz").unlink()
+    (parts / "train-00004-of-00006.parquet").write_bytes(b"")
     maker = build.Builder(archive / "manifest", places_per_shard=1, min_clear_share=0.1)
     with pytest.raises(OSError, match=r"train-00000-of-00006.array_record is not whole"):
         folder.finish(maker, epath.Path(out))
+    assert [shard.number for shard in folder.to_make(epath.Path(out), maker.shards)] == [0, 1, 2, 3, 4]
     _build(archive, out)
     assert _files(out) == local
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001.array_record", "train-00000-of-00001.parquet"])
+def test_what_is_unfinished_has_no_name_that_readers_look_for(name, tmp_path):
+    def write(path):
+        path.write_text("half")
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+        assert not list(tmp_path.glob(f"*{pathlib.Path(name).suffix}"))
+
+    assert folder.put(epath.Path(tmp_path / name), write) == hashlib.sha256(b"half").digest()
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+
+
+def test_facts_that_are_damaged_are_told(archive, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / folder.FACTS).write_text("")
+    with pytest.raises(SystemExit):
+        _build(archive, tmp_path / "out")
+    assert "build.json is damaged" in capsys.readouterr().err
 
 
 def test_disk_that_is_full_ends_a_beam_build_with_words(archive, tmp_path, monkeypatch, capsys):
@@ -166,6 +236,19 @@ def test_disk_that_is_full_ends_a_beam_build_with_words(archive, tmp_path, monke
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: Apache Beam: OSError: [Errno 28] No space left on device")
     assert told.endswith("What is whole stays; the same command goes on")
+
+
+def _no_maker():
+    if multiprocessing.parent_process():
+        raise ValueError("a mount that is not there yet")
+    return build.Builder(_no_maker.manifest, places_per_shard=1, min_clear_share=0.1)
+
+
+def test_process_that_cannot_make_its_maker_says_why(archive, tmp_path):
+    _no_maker.manifest = archive / "manifest"
+    out = engines.folder.directory(tmp_path / "out", flag="--out")
+    with pytest.raises(ValueError, match="a mount that is not there yet"):
+        engines.build(_no_maker, out, facts={}, engine=engines.Engine(workers=2))
 
 
 def test_process_that_is_killed_ends_a_build_with_words(archive, tmp_path, monkeypatch, capsys):

@@ -62,8 +62,10 @@ def _parts(out, num, size=7):
         some = [_sample(rng, shard, record) for record in range(0 if number % 5 == 0 else size)]
         rejected = [dict(what="date", name=f"{shard.name} {i}", reason="clouds") for i in range(number % 3)]
         part = out / folder.PARTS / f"{shard.name}.json"
-        part.write_text(json.dumps(dict(bytes=0, samples=some, rejected=rejected)))
-        Histograms(ROWS).save(pathlib.Path(part.with_suffix(".npz")))
+        counts, figured = pathlib.Path(part.with_suffix(".npz")), pathlib.Path(part.with_suffix(".parquet"))
+        Histograms(ROWS).save(counts)
+        figured.touch()
+        part.write_text(json.dumps(dict(bytes=[0, counts.stat().st_size, 0], samples=some, rejected=rejected)))
         samples += some
     return Nothing(made), samples
 

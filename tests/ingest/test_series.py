@@ -1,12 +1,14 @@
 """Pixels of a made-up Earth come back where they lie, whatever the source's grid, and in the table's unit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import rasterio.warp
 from rasterio.errors import RasterioIOError
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import acquisitions, geotiffs, safe
+from skysense_jax.ingest import acquisitions, geotiffs, remote, safe
 from skysense_jax.ingest import series as lib
 from skysense_jax.ingest.acquisitions import Acquisition
 from skysense_jax.ingest.places import Place
@@ -176,6 +178,63 @@ def test_date_of_no_use_is_left_out_with_its_reason_and_the_others_stay(tmp_path
     assert [entry.name[11:19] for entry in rejected] == ["20220601", "20220611"]
     assert "0.0% of its pixels are clear; wanted 10.0% (100.0% have data)" in rejected[0].reason
     assert rejected[1].what == "date"
+
+
+def test_date_that_is_not_what_its_row_promises_does_not_cost_the_others(tmp_path):
+    row, side = dataclasses.replace(HR, typical_range=(60, 200)), CELLS * HR.pixels_per_cell
+    for name, number in (("good", 90), ("black", 1)):
+        pixels = np.full((side, side, 3), number, np.uint8)
+        earth.write_tif(tmp_path / f"{name}.tif", pixels, PLACE.square.transform(32), earth.ZONE)
+    of_day = lambda name, day: dataclasses.replace(_image(tmp_path / name, row), day=day)  # noqa: E731
+    found = [of_day("good.tif", 18000), of_day("black.tif", 18005)]
+    series, rejected = read_series(found, PLACE.square, row, min_clear_share=0.1)
+    assert series.days.tolist() == [18000]
+    assert [(entry.what, entry.name) for entry in rejected] == [("date", found[1].id)]
+    assert "mean 1 over valid pixels; wanted 60 to 200" in rejected[0].reason
+    alone, rejected = read_series(found[1:], PLACE.square, row, min_clear_share=0.1)
+    assert alone is None
+    assert [entry.name for entry in rejected] == [found[1].id]
+
+
+def test_pixels_beyond_the_range_of_a_row_have_no_data(tmp_path):
+    row = dataclasses.replace(
+        HR,
+        name="pan",
+        photometric="none",
+        bands=("pan",),
+        dtype="uint16",
+        value_range=(1, 60000),
+        typical_range=(2, 60000),
+        mean=HR.mean[:1],
+        std=HR.std[:1],
+        codec="zstd",
+    )
+    pixels = np.full((64 * 32, 64 * 32, 1), 700, np.uint16)
+    pixels[:32, :64], pixels[40, 50] = 0, 65535
+    earth.write_tif(tmp_path / "a.tif", pixels, PLACE.square.transform(32), earth.ZONE)
+    series = _read([_image(tmp_path / "a.tif", row)], row)
+    np.testing.assert_array_equal(series.valid[0], (pixels == 700)[..., 0])
+    earth.write_tif(tmp_path / "b.tif", np.zeros_like(pixels), PLACE.square.transform(32), earth.ZONE)
+    nothing, rejected = read_series([_image(tmp_path / "b.tif", row)], PLACE.square, row, min_clear_share=0.1)
+    assert nothing is None
+    assert "none of its pixels lies between 1 and 60000" in rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (OSError(5, "Input/output error", "/data/a.tif"), True),
+        (OSError(116, "Stale file handle"), True),
+        (OSError(24, "Too many open files"), True),
+        (RasterioIOError("/mnt/x.tif: No such file or directory"), True),
+        (RasterioIOError("HTTP response code: 503"), True),
+        (RasterioIOError("'/data/http_archive/a.tif' not recognized as being in a supported file format"), False),
+        (RasterioIOError("/data/connection/a.tif: not recognized"), False),
+        (RasterioIOError("http://x/a.tif: not recognized"), False),
+    ],
+)
+def test_what_may_come_back_is_told_from_what_is_damaged(error, away):
+    assert remote.reason(error).startswith(remote.UNREACHABLE) == away
 
 
 def test_two_products_of_a_day_are_one_date_and_the_later_baseline_counts(tmp_path):
