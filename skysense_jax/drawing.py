@@ -15,9 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from skysense_jax.modalities import Modality
+from skysense_jax.modalities import NATURAL_BANDS, Modality
 
-NATURAL_BANDS = (("R", "G", "B"), ("B4", "B3", "B2"))  # shown as red, green, blue where a modality has them
 NOTHING = (0.82, 0.82, 0.82)  # no data, no label, no usable feature
 _COLOURS = {  # of label classes; another class takes its colour from a qualitative map
     "water": "#2f6fb5",

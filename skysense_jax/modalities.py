@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 METRES_PER_CELL = 10.0
+NATURAL_BANDS = (("R", "G", "B"), ("B4", "B3", "B2"))  # shown as red, green, blue where a modality has them
 # Ground size of a token that stages 2, 3 and 4 aim at, in cells (2.5, 5 and 10 m): spec "Adaptive Patch Merging".
 TRANSITION_TARGET_CELLS = (0.25, 0.5, 1.0)
 

@@ -20,16 +20,16 @@ from etils import epath
 from skysense_jax import storage
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import acquisitions as acquisitions_lib
-from skysense_jax.ingest import engines, folder, osm, places, plan, remote
+from skysense_jax.ingest import engines, folder, osm, places, remote
+from skysense_jax.ingest import manifest as files
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.engines import Engine
 from skysense_jax.ingest.folder import Made, Maker, Shard
 from skysense_jax.ingest.labels import Coverage, LabelMaps
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.series import read_series
-from skysense_jax.ingest.sources import rows_with
 
-_MANIFEST = (plan.PLACES, plan.ACQUISITIONS, plan.LABELS, plan.SOURCES)  # what the samples depend on
+_MANIFEST = (files.PLACES, files.ACQUISITIONS, files.LABELS, files.SOURCES)  # what the samples depend on
 
 
 class Builder(Maker):
@@ -44,21 +44,21 @@ class Builder(Maker):
     def __init__(self, manifest: storage.Directory, *, min_clear_share: float, places_per_shard: int):
         self._min_clear_share = min_clear_share
         manifest = self._read_here(manifest)
-        facts = json.loads((manifest / plan.SOURCES).read_text())
-        self.rows, self._require = rows_with(facts["modalities"]), facts["choice"]["require"]
+        facts = json.loads((manifest / files.SOURCES).read_text())
+        self.rows, self._require = files.rows_with(facts["modalities"]), facts["choice"]["require"]
         self.sources = facts["sources"]
-        self._refused = manifest / plan.REJECTED
+        self._refused = manifest / files.REJECTED
         self._licences = {source["name"]: source["licence"] for source in self.sources}
         self._signs = {source["name"]: remote.signer(source["sign"]) for source in self.sources if "sign" in source}
         coverages = [Coverage.of(covered) for covered in facts["labels"]]
         classes = osm.read_classes(facts.get("classes", ()))
         self.labels = classes.map
-        self._acquisitions = acquisitions_lib.read(manifest / plan.ACQUISITIONS)
-        listed = places.read(manifest / plan.PLACES)
+        self._acquisitions = acquisitions_lib.read(manifest / files.ACQUISITIONS)
+        listed = places.read(manifest / files.PLACES)
         self._places = {
             split: [place for place in listed if place.split == split] for split in (places.TRAIN, places.VALIDATION)
         }
-        self._maps = LabelMaps(manifest / plan.LABELS, coverages, classes)
+        self._maps = LabelMaps(manifest / files.LABELS, coverages, classes)
         self.shards = folder.shards({split: len(of) for split, of in self._places.items()}, size=places_per_shard)
 
     def _read_here(self, manifest: storage.Directory) -> pathlib.Path:
@@ -66,7 +66,7 @@ class Builder(Maker):
         if not storage.in_bucket(manifest):
             return pathlib.Path(manifest)
         self._copy = tempfile.TemporaryDirectory()  # as long as this is there
-        for name in (*_MANIFEST, plan.REJECTED):
+        for name in (*_MANIFEST, files.REJECTED):
             (pathlib.Path(self._copy.name) / name).write_bytes((manifest / name).read_bytes())
         return pathlib.Path(self._copy.name)
 
@@ -129,8 +129,8 @@ def build(
       OSError: as there.
     """
     manifest, out = folder.directory(manifest, flag="--manifest"), folder.directory(out, flag="--out")
-    if not (manifest / plan.PLACES).exists():
-        raise ValueError(f"--manifest: {manifest} has no {plan.PLACES}; wanted a folder that ingest.plan wrote")
+    if not (manifest / files.PLACES).exists():
+        raise ValueError(f"--manifest: {manifest} has no {files.PLACES}; wanted a folder that ingest.plan wrote")
     how = dict(places_per_shard=places_per_shard, min_clear_share=min_clear_share)
     facts = {"manifest": _digest(manifest), **how}
     return engines.build(functools.partial(Builder, manifest, **how), out, facts=facts, engine=engine)

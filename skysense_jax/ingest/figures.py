@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Shaped
 
 from skysense_jax.data.sample import UNDATED, Sample, Series
-from skysense_jax.drawing import NATURAL_BANDS
-from skysense_jax.modalities import Modality
+from skysense_jax.modalities import NATURAL_BANDS, Modality
 
 _FEWEST = 64  # pixels from which shares and percentiles say something
 _OF_DATES = {  # figures of which the most telling date counts

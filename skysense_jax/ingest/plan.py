@@ -24,12 +24,10 @@ from skysense_jax.data.checks import MAX_EXTENT_CELLS
 from skysense_jax.ingest import acquisitions as acquisitions_lib
 from skysense_jax.ingest import ground, labels, places, sources
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
+from skysense_jax.ingest.manifest import ACQUISITIONS, LABELS, PLACES, REJECTED, SOURCES
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.modalities import MODALITIES
-
-PLACES, ACQUISITIONS, LABELS, SOURCES = "places.parquet", "acquisitions.parquet", "labels.parquet", "sources.json"
-REJECTED = "rejected.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)

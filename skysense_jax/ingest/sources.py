@@ -28,8 +28,9 @@ import shapely
 
 from skysense_jax.ingest import cubes, dates, geotiffs, ground, names, osm, remote, safe, stac, tables
 from skysense_jax.ingest.acquisitions import Acquisition, Rejected
+from skysense_jax.ingest.manifest import rows_with
 from skysense_jax.ingest.sentinel import BASELINE_OFFSET
-from skysense_jax.modalities import MODALITIES, Modality, arguments, select
+from skysense_jax.modalities import Modality
 
 LABELS = "osm"  # the kind whose files are label maps, and no acquisitions
 
@@ -146,16 +147,6 @@ def legend_of(source: Source, listed: SourceList) -> Legend:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return Legend(table, classes, area)
-
-
-def rows_with(new: Sequence[Mapping[str, Any]]) -> tuple[Modality, ...]:
-    """The rows of the table, then ``new`` ones, as TOML and JSON have them.
-
-    Raises:
-      TypeError, ValueError, AttributeError: they are no arguments of ``Modality``.
-    """
-    new = [arguments(row) for row in new]
-    return select([*MODALITIES, *(row.get("name", "?") for row in new)], new)
 
 
 def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
