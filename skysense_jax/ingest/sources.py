@@ -219,6 +219,7 @@ def _check_values(entry: Mapping[str, Any], where: str) -> None:
         if kind == "cube" and field in entry and modality != row:
             raise ValueError(f"{where}: {field} with modality = {modality!r}; it is a field of {row!r}")
     try:
+        names.check_day_pattern(entry.get("day_pattern", ""))
         remote.signer(entry.get("sign", ""))
         if "dates" in entry:
             dates.interval(entry["dates"])

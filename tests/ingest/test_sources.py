@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import geotiffs, names, safe
+from skysense_jax.ingest import geotiffs, names, safe, sources
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -50,6 +50,21 @@ def test_day_is_that_of_tag_or_name(tmp_path):
     earth.write_aerial(path, **where, day="2021:17:03 11:00:00")
     with pytest.raises(Refused, match="date '2021-17-03'"):
         _image(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("day_pattern = '_(\\d{4}'", r"day_pattern = '_\(\\\\d\{4\}': missing \)"),
+        ("day_pattern = '_(\\d{4})_'", r"has 1 groups \( \); wanted three: year, month, day"),
+    ],
+)
+def test_day_pattern_that_cannot_find_a_day_is_refused_by_the_list(tmp_path, field, told):
+    (tmp_path / "a.tif").touch()
+    entry = 'name = "a"\nkind = "image"\nmodality = "hr"\nfiles = "a.tif"\nlicence = "x"'
+    (tmp_path / "list.toml").write_text(f"[[source]]\n{entry}\n{field}\n")
+    with pytest.raises(ValueError, match=rf"--sources: .*list.toml, source 'a': .*{told}"):
+        sources.read_list(tmp_path / "list.toml")
 
 
 def test_bands_are_those_that_the_list_names(tmp_path):
