@@ -220,6 +220,8 @@ def _check_values(entry: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {field} with modality = {modality!r}; it is a field of {row!r}")
     try:
         names.check_day_pattern(entry.get("day_pattern", ""))
+        if entry.get("bbox"):
+            stac.edges_of(entry["bbox"])
         remote.signer(entry.get("sign", ""))
         if "dates" in entry:
             dates.interval(entry["dates"])
