@@ -23,6 +23,7 @@ def _image(path, row=HR, **options):
         (GREY, from_origin(0, 40, 1, 1), None, "no coordinate system"),
         (GREY[..., :2], from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "2 bands; wanted 3 or more, for R G B"),
         (GREY.astype(np.uint16), from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "type uint16; wanted uint8"),
+        (GREY.astype(np.int8), from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "type int8; wanted uint8"),
         (GREY, from_origin(700_000, 5_500_000, 0.8, 0.8), earth.ZONE, "pixels of 0.8 m; wanted at most 0.625 m for hr"),
         (GREY, from_origin(48.1, 111.5, 3e-6, 3e-6), 4326, r"latitudes 111.5 to 111.5; wanted .* \(swapped, or metres"),
         (GREY, from_origin(700_000, 5_500_000, 0.3, 0.3), 4326, "longitudes 700000 to 700012"),
