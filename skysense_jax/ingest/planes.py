@@ -33,7 +33,7 @@ def read_window(layers: Sequence[Layer], square: Square, *, masked: bool) -> Ras
     """
     first = layers[0]
     shape = _shape(first)
-    grid = Grid(crs_of(first.crs), Affine(*first.transform), shape)
+    grid = Grid(crs_of(first.crs), Affine(*first.transform), shape).turned_to(square)
     window = grid.window(square)
     if window is None:
         return None
