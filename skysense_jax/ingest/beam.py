@@ -59,16 +59,19 @@ def run(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, op
 
     Raises:
       ValueError: there is no such runner.
-      OSError: a worker failed, and Beam gave up.
+      OSError: a worker failed and Beam gave up, or a cluster does not take the job.
     """
-    pipeline = apache_beam.Pipeline(options=options)
-    (
-        pipeline
-        | "Shards" >> apache_beam.Create(list(missing))
-        | "Spread" >> apache_beam.Reshuffle()
-        | "Write" >> apache_beam.ParDo(WriteShard(make, out))
-    )
     try:
+        pipeline = apache_beam.Pipeline(options=options)
+        (
+            pipeline
+            | "Shards" >> apache_beam.Create(list(missing))
+            | "Spread" >> apache_beam.Reshuffle()
+            | "Write" >> apache_beam.ParDo(WriteShard(make, out))
+        )
         pipeline.run().wait_until_finish()
-    except RuntimeError as error:  # with the traceback of the worker
-        raise OSError(f"Apache Beam: {str(error).strip().splitlines()[-1]}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # each runner has classes of its own; the last line says it, behind a worker's traceback
+        said = [line for line in str(error).splitlines() if line.strip() not in ("", "None")]
+        raise OSError(f"Apache Beam: {said[-1] if said else type(error).__name__}") from error

@@ -283,7 +283,8 @@ class _Reader:
 
     def _in_unit(self, variable: str, number: int | None) -> _Band:
         """A band whose numbers are of the row's type, or are brought to its unit; an offset of Sentinel-2 stays."""
-        attrs, layout = self._dataset[variable].attrs, self._layout
+        array, layout = self._dataset[variable], self._layout
+        attrs = array.attrs
         scale, add = float(attrs.get("scale_factor", 1)), float(attrs.get("add_offset", 0))
         if self._row.name == "s2":
             scale, add = (scale * _REFLECTANCE if "scale_factor" in attrs else 1.0), 0.0
@@ -291,8 +292,10 @@ class _Reader:
             scale, add = layout.scale, 0.0
         scale = 1.0 if np.isclose(scale, 1, rtol=1e-5) else scale
         if (scale, add) == (1, 0) and self._row.name != "s2":
-            check_type({str(self._dataset[variable].dtype)}, self._row)
-        return dataclasses.replace(self._stored(variable, number), scale=scale, add=add)
+            check_type({str(planes.type_of(array.dtype, attrs))}, self._row)
+        band = self._stored(variable, number)
+        planes.fills_of(variable, array.dtype, attrs)  # refused here, before places are chosen by what the file covers
+        return dataclasses.replace(band, scale=scale, add=add)
 
     def _added(self, variables: Sequence[str]) -> int | None:
         attrs = [self._dataset[name].attrs for name in variables]

@@ -58,10 +58,14 @@ def read_image(
 
 
 def check_type(kinds: set[str], row: Modality) -> None:
-    """Nothing; raises Refused if the row has whole numbers and types of ``kinds`` are none of its size."""
+    """Nothing; raises Refused if the row has numbers without a sign and types of ``kinds`` are none of its size.
+
+    Reflectance is often stored with a sign, and what is below 0 is then invalid (rasters.py); of bytes with a sign the
+    brighter half of the imagery would be.
+    """
     size = np.dtype(row.dtype).itemsize
-    integers = all(np.dtype(kind).kind in "ui" and np.dtype(kind).itemsize == size for kind in kinds)
-    if row.dtype.startswith("uint") and not integers:
+    wanted = {f"u{size}", f"i{size}"} if size > 1 else {"u1"}
+    if row.dtype.startswith("uint") and not {np.dtype(kind).str[1:] for kind in kinds} <= wanted:
         raise Refused(f"numbers of type {', '.join(sorted(kinds))}; wanted {row.dtype}: {row.unit}")
 
 

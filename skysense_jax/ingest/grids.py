@@ -22,6 +22,7 @@ from skysense_jax.modalities import METRES_PER_CELL, Modality
 NOWHERE = "no coordinate system: where it lies and the size of its pixels are unknown"
 MARGIN = 4  # pixels around what lies over a square that are read too: bilinear interpolation needs them
 _LON_LAT = CRS.from_epsg(4326)
+_ALL_AROUND = 359.9  # degrees of longitude; rounding must not make a strip of them
 
 
 @functools.lru_cache(maxsize=256)
@@ -73,7 +74,10 @@ class Grid:
         return min(x, other_x), min(y, other_y), max(x, other_x), max(y, other_y)
 
     def degrees(self) -> tuple[float, float, float, float]:
-        """West, south, east, north in degrees; raises Refused if that is not on this planet."""
+        """West, south, east, north in degrees, -180 to 180; west > east where it crosses 180 degrees.
+
+        Longitudes of the file may go on to 360, as models count them. Raises Refused if that is not on this planet.
+        """
         west, south, east, north = self.bounds
         if self.crs.is_geographic and not (-180.1 <= west < east <= 360.1 and -90.1 <= south < north <= 90.1):
             raise Refused(
@@ -88,7 +92,15 @@ class Grid:
         bounds = rasterio.warp.transform_bounds(self.crs, _LON_LAT, west, south, east, north)
         if not np.isfinite(bounds).all():
             raise Refused(f"{self.crs} with bounds {(west, south, east, north)}: not on the map of that system")
-        return bounds
+        return _wrapped(*bounds)
+
+    def turned_to(self, square: Square) -> "Grid":
+        """The grid, if in degrees moved by whole turns to where ``square`` is: 185 and -175 are one longitude."""
+        if not self.crs.is_geographic:
+            return self
+        west, _, east, _ = self.bounds
+        turns = round((square.centre()[0] - (west + east) / 2) / 360)
+        return dataclasses.replace(self, transform=Affine.translation(360 * turns, 0) @ self.transform)
 
     def check_size(self, row: Modality) -> None:
         """Nothing; raises Refused if a pixel is more than ``MAX_STRETCH`` as large as one of the row."""
@@ -107,3 +119,12 @@ class Grid:
         right = min(math.ceil(max(columns)) + MARGIN, self.shape[1])
         bottom = min(math.ceil(max(rows)) + MARGIN, self.shape[0])
         return Window(left, top, right - left, bottom - top) if left < right and top < bottom else None
+
+
+def _wrapped(west: float, south: float, east: float, north: float) -> tuple[float, float, float, float]:
+    """Bounds whose longitudes lie within -180 to 180; west > east where they cross 180 degrees."""
+    if east - west > _ALL_AROUND:
+        return -180.0, south, 180.0, north
+    if west < -180 or east > 180:
+        west, east = (west + 180) % 360 - 180, 180 - (180 - east) % 360
+    return west, south, east, north

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import shapely
 from jaxtyping import Bool, Float, UInt8
 from rasterio.crs import CRS
+from shapely.errors import ShapelyError
 
 from skysense_jax.ingest import osm, osm_files
 from skysense_jax.ingest.places import boxes_of
@@ -199,15 +200,15 @@ def read_file(
             break
         some = writer.add(source, batch)
         edges = np.concatenate([np.fmin(edges[:2], some[:2]), np.fmax(edges[2:], some[2:])])
-    bounds = stated or tuple(edges.tolist())
+    bounds, left_out = stated or tuple(edges.tolist()), [f"{num} {what}" for what, num in lost.items()]
     if not np.isfinite(bounds).all():
-        raise Refused("no bounds and no object that has a class and a place")
+        raise Refused("; ".join(["no bounds and no object that has a class and a place", *left_out]))
     west, south, east, north = bounds
     if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
         raise Refused(
             f"longitudes {west:.6g} to {east:.6g}, latitudes {south:.6g} to {north:.6g} (swapped, or metres?)"
         )
-    return bounds, [f"{num} {what}" for what, num in lost.items()]
+    return bounds, left_out
 
 
 @contextlib.contextmanager
@@ -215,7 +216,7 @@ def _refusing() -> Iterator[None]:
     """A context in which a file's errors, and no full disk, become Refused."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (ShapelyError, RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise Refused(f"no OpenStreetMap file or GeoJSON: {error}") from error

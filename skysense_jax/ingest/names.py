@@ -50,6 +50,16 @@ def parse_day(text: str) -> int:
     return day
 
 
+def check_day_pattern(pattern: str) -> None:
+    """Nothing; raises ValueError if a regular expression that is not empty has no three groups: year, month, day."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"day_pattern = {pattern!r}: {error}") from error
+    if pattern and groups != 3:
+        raise ValueError(f"day_pattern = {pattern!r} has {groups} groups ( ); wanted three: year, month, day")
+
+
 def day_of(path: pathlib.Path, tags: Mapping[str, str], *, pattern: str, given: str) -> int:
     """The day that was ``given``, else that of ``pattern`` in the name, else that of the tags, else ``UNDATED``."""
     if given:

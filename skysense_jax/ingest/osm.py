@@ -212,7 +212,8 @@ def geojson_crs(collection: Mapping[str, Any]) -> CRS:
     member = collection.get("crs")
     if member is None:
         return CRS.from_epsg(4326)
-    name = str(member.get("properties", {}).get("name", ""))
+    properties = member.get("properties") if isinstance(member, Mapping) else None
+    name = str(properties.get("name", "") if isinstance(properties, Mapping) else member)
     code = re.search(r"EPSG:+(\d+)$", name)
     if code:
         return CRS.from_epsg(int(code[1]))

@@ -11,13 +11,15 @@ import pathlib
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import osmium
 import rasterio.warp
 import shapely
 import shapely.geometry
 from rasterio.crs import CRS
+from shapely.errors import ShapelyError
 
 from skysense_jax.ingest import osm
 
@@ -51,25 +53,39 @@ def objects(
       lost: what could not be placed is counted here.
 
     Raises:
-      RuntimeError, ValueError, KeyError, TypeError: the file is none, or damaged.
+      ShapelyError, RuntimeError, ValueError, KeyError, TypeError: the file is none, or damaged.
       OSError: it cannot be read, or ``folder`` is too full (ENOSPC).
     """
     if is_geojson(path):
-        yield from _geojson(path, table, classes)
+        yield from _geojson(path, table, classes, lost)
         return
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         yield from _openstreetmap(path, table, classes, index=_index(path, scratch), lost=lost)
 
 
-def _geojson(path: pathlib.Path, table: osm.Table, classes: osm.Classes) -> Iterator[osm.Feature]:
+def _geojson(path: pathlib.Path, table: osm.Table, classes: osm.Classes, lost: Counter[str]) -> Iterator[osm.Feature]:
     collection = json.loads(path.read_text())
+    if not isinstance(collection, dict) or not isinstance(collection.get("features"), list):
+        raise ValueError("no FeatureCollection: wanted a list of features")
     crs = osm.geojson_crs(collection)
-    for feature in collection["features"]:
-        tags = feature["properties"] or {}
-        name = osm.class_of(tags, table)
-        if name and feature["geometry"]:
-            placed = rasterio.warp.transform_geom(crs, _LON_LAT, feature["geometry"])
-            yield osm.Feature(name, shapely.geometry.shape(placed), osm.width_of(tags, name, classes))
+    for entry in collection["features"]:
+        try:
+            found = _feature(entry, crs, table, classes)
+        except (ShapelyError, ValueError, KeyError, TypeError, AttributeError):
+            lost["features that are not as GeoJSON has them"] += 1
+            continue
+        if found:
+            yield found
+
+
+def _feature(entry: Mapping[str, Any], crs: CRS, table: osm.Table, classes: osm.Classes) -> osm.Feature | None:
+    """That of a GeoJSON feature in ``crs``; None if it has no class or no place."""
+    tags = entry["properties"] or {}
+    name = osm.class_of(tags, table)
+    if not name or not entry["geometry"]:
+        return None
+    placed = rasterio.warp.transform_geom(crs, _LON_LAT, entry["geometry"])
+    return osm.Feature(name, shapely.geometry.shape(placed), osm.width_of(tags, name, classes))
 
 
 def _index(path: pathlib.Path, scratch: str) -> str:
@@ -95,11 +111,12 @@ def _openstreetmap(
             continue
         tags = dict(entry.tags)
         key, name = next(osm.rules_of(tags, table), (None, None))
-        line = tags.get("area") == "no" or (key in _LINES and tags.get("waterway") not in _AREAS_OF_WATERWAYS)
+        usual = key in _LINES and tags.get("waterway") not in _AREAS_OF_WATERWAYS
+        line = {"yes": False, "no": True}.get(tags.get("area"), usual)
         if name is None:
             continue
         if entry.is_area():
-            if line and entry.from_way() and tags.get("area") != "yes":
+            if line and entry.from_way():
                 continue
             try:
                 geometries = [shapely.from_wkb(factory.create_multipolygon(entry))]

@@ -180,14 +180,15 @@ def resample(raster: Raster, square: Square, *, pixels_per_cell: int, dtype: Any
 def mosaic(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int, dtype: Any = None) -> Resampled:
     """Rasters at ``pixels_per_cell`` over ``square``: area means where pixels grow, bilinear where they shrink.
 
-    Invalid source pixels have no weight. Where rasters overlap the first counts, and a pixel that it covers in part is
-    filled up from the next: tiles that were cut from one image give that image. ``dtype`` as the first's if None.
+    Invalid source pixels have no weight, nor have those that are beyond the whole numbers of ``dtype`` (that of the
+    first if None). Where rasters overlap the first counts, and a pixel that it covers in part is filled up from the
+    next: tiles that were cut from one image give that image.
 
     Raises:
       Refused: a native pixel would be stretched by more than ``MAX_STRETCH``.
     """
-    rasters = _on_one_grid(rasters)
     dtype = np.dtype(dtype or rasters[0].pixels.dtype)
+    rasters = _on_one_grid([_within(raster, dtype) for raster in rasters])
     if rasters[0].pixels.dtype == dtype and rasters[0].valid.all() and _covers(rasters[0], square):
         pixels = _warp(np.moveaxis(rasters[0].pixels, -1, 0), rasters[0], square, pixels_per_cell)
         return Resampled(pixels=np.moveaxis(pixels, 0, -1), valid=np.ones(pixels.shape[1:], bool))
@@ -205,6 +206,15 @@ def mosaic(rasters: Sequence[Raster], square: Square, *, pixels_per_cell: int, d
     if dtype.kind in "ui":
         pixels = np.clip(np.rint(pixels, out=pixels), np.iinfo(dtype).min, np.iinfo(dtype).max)
     return Resampled(pixels=pixels.astype(dtype), valid=covered > _COVERED)
+
+
+def _within(raster: Raster, dtype: np.dtype) -> Raster:
+    """The raster, invalid where its numbers are beyond those of ``dtype``, if whole: clipped they would look valid."""
+    if dtype.kind not in "ui" or np.can_cast(raster.pixels.dtype, dtype):
+        return raster
+    low, high = np.iinfo(dtype).min - 0.5, np.iinfo(dtype).max + 0.5  # what rounds to a number of the type
+    inside = ((raster.pixels >= low) & (raster.pixels <= high)).all(-1)
+    return dataclasses.replace(raster, valid=raster.valid & inside)
 
 
 def _on_one_grid(rasters: Sequence[Raster]) -> list[Raster]:

@@ -20,6 +20,7 @@ from skysense_jax.data.checks import RecordError
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample
 from skysense_jax.ingest import index, read_aerial, read_sentinel
+from skysense_jax.ingest.acquisitions import Rejected
 from skysense_jax.ingest.histograms import Histograms
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.read_sentinel import Item
@@ -38,14 +39,6 @@ KINDS: dict[str, tuple[str, _Find]] = {  # kind: (folder of the source, what fin
     "extracts": ("osm_extracts", lambda folder, rows: read_aerial.find_extracts(folder)),
 }
 _NOTES = (".md", ".csv")  # files that describe others
-
-
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """A file, relative to the source, that became no sample, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclasses.dataclass
@@ -71,7 +64,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a conversion made."""
+    """What a conversion made; ``rejected`` are files, named by their path from the source."""
 
     kinds: Mapping[str, Kind]
     rejected: Sequence[Rejected]
@@ -109,7 +102,7 @@ def convert(source: pathlib.Path, out: pathlib.Path, *, modalities: Sequence[Mod
     try:
         report = _convert_into(source, unfinished, modalities)
         if not sum(kind.samples for kind in report.kinds.values()):
-            reasons = "\n".join(f"  {r.file}: {r.reason}" for r in report.rejected)
+            reasons = "\n".join(f"  {r.name}: {r.reason}" for r in report.rejected)
             raise ValueError(f"--source: {source} holds no sample; rejected:\n{reasons}")
         os.replace(unfinished, out)
     finally:
@@ -134,7 +127,7 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
                 encoded = [encode_sample(sample, modalities) for sample in samples]  # all of a place, or nothing
             except (Refused, RecordError) as error:
                 kind.rejected += 1
-                rejected.append(Rejected(str(item.path.relative_to(source)), str(error)))
+                rejected.append(Rejected("file", str(item.path.relative_to(source)), str(error)))
                 continue
             payloads += encoded
             for sample in samples:
@@ -145,7 +138,7 @@ def _convert_into(source: pathlib.Path, out: pathlib.Path, modalities: Sequence[
                     writer.write(payload)
     for path in sorted(p for p in source.rglob("*") if p.is_file() and p.suffix not in _NOTES):
         if path not in claimed:
-            rejected.append(Rejected(str(path.relative_to(source)), "no reader for this file"))
+            rejected.append(Rejected("file", str(path.relative_to(source)), "no reader for this file"))
     with (out / "rejected.jsonl").open("w") as file:
         file.writelines(json.dumps(dataclasses.asdict(r)) + "\n" for r in rejected)
     report = Report(kinds=kinds, rejected=rejected)
@@ -183,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     for entry in report.rejected:
-        print(f"rejected {entry.file}: {entry.reason}")
+        print(f"rejected {entry.name}: {entry.reason}")
     print(report.table())
     if all(report.kinds[name].samples for name in real_mix.SHARES):
         print(f"Train on it: python -m skysense_jax.train --config=configs/real_mix.py:{options.out} --workdir=RUN")

@@ -210,6 +210,9 @@ def _check_values(entry: Mapping[str, Any], where: str) -> None:
         if kind == "cube" and field in entry and modality != row:
             raise ValueError(f"{where}: {field} with modality = {modality!r}; it is a field of {row!r}")
     try:
+        names.check_day_pattern(entry.get("day_pattern", ""))
+        if entry.get("bbox"):
+            stac.edges_of(entry["bbox"])
         remote.signer(entry.get("sign", ""))
         if "dates" in entry:
             dates.interval(entry["dates"])

@@ -16,6 +16,7 @@ import odc.stac
 import pystac
 import pystac_client
 import rasterio.errors
+import shapely
 import urllib3
 from pystac.errors import STACError
 from pystac_client.errors import ClientTypeError
@@ -81,11 +82,13 @@ def items(
     dates: str = "",
     lost: list[Rejected] | None = None,
 ) -> Iterator[pystac.Item]:
-    """The items of a catalogue as it gives them; what a static one links to and cannot be had is added to ``lost``.
+    """The items of a catalogue as it gives them; to ``lost`` is added what a static one links to and is none.
 
     Raises:
-      Refused: the catalogue does not answer after several tries, or is none.
+      Refused: the catalogue does not answer after several tries, or is none; ``bbox`` is none.
     """
+    lost = [] if lost is None else lost
+    boxes = boxes_of(edges_of(bbox)) if bbox else []
     within = interval(dates) if dates else Interval()
     retry = urllib3.Retry(_TRIES, backoff_factor=_BACKOFF, status_forcelist=_BUSY, allowed_methods=None)
     try:
@@ -94,8 +97,13 @@ def items(
             asked = dict(collections=list(collections) or None, bbox=list(bbox) or None, datetime=within.asked())
             yield from client.search(**asked).items()
         else:
-            for item in _linked(client, client, [] if lost is None else lost, set()):
-                if _wanted(item, collections, bbox, within):
+            for item in _linked(client, client, lost, set()):
+                try:
+                    wanted = _wanted(item, collections, boxes, within)
+                except (ValueError, TypeError) as error:
+                    lost.append(Rejected("file", item.id, remote.reason(error)))
+                    continue
+                if wanted:
                     yield item
     except _ERRORS as error:
         raise Refused(f"no answer of a STAC catalogue: {error}") from error
@@ -121,15 +129,20 @@ def _linked(
             yield from _linked(target, root, lost, seen)
 
 
-def _wanted(item: pystac.Item, collections: Sequence[str], bbox: Sequence[float], within: Interval) -> bool:
-    """What an API would ask of an item."""
+def _wanted(item: pystac.Item, collections: Sequence[str], boxes: Sequence[shapely.Polygon], within: Interval) -> bool:
+    """What an API would ask of an item; ``boxes``: in degrees, none: anywhere. Raises ValueError where it says none."""
+    if collections and item.collection_id not in collections:
+        return False
+    if boxes:
+        shown = boxes_of(edges_of(item.bbox)) if item.bbox else []
+        if not any(box.intersects(other) for box in shown for other in boxes):
+            return False
+    if within == Interval():
+        return True
     facts = item.common_metadata
     times = (item.datetime,) if item.datetime else (facts.start_datetime, facts.end_datetime)
     known = [utc(time) for time in times if time]
-    in_time = within == Interval() or (bool(known) and within.meets(known[0], known[-1]))
-    boxes = boxes_of(_flat(item.bbox)) if item.bbox else []
-    near = not bbox or any(box.intersects(other) for box in boxes for other in boxes_of(_flat(bbox)))
-    return in_time and near and (not collections or item.collection_id in collections)
+    return bool(known) and within.meets(known[0], known[-1])
 
 
 def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", sign: str = "") -> Acquisition:
@@ -159,7 +172,7 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
         if not found:
             raise Refused(f"no asset {' or '.join(names)} for band {band}; there are {', '.join(sorted(files))}")
         layers[band] = _layer(found[0])
-    bounds = _flat(item.bbox) if item.bbox else geotiffs.bounds_of(opening(next(iter(layers.values()))))
+    bounds = edges_of(item.bbox) if item.bbox else geotiffs.bounds_of(opening(next(iter(layers.values()))))
     date = utc(item.datetime).date() if item.datetime else None
     facts: dict[str, Any] = dict(day=UNDATED if date is None else int(np.datetime64(date, "D").astype(int)))
     if modality == "s2":
@@ -175,7 +188,7 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
             raise Refused(f"unit = {unit!r} in the list, and the item says {told!r}")
         unit = unit or told or remote.again(lambda: geotiffs.unit_of(opening(layers["VV"])))
         facts |= dict(orbit=orbit if orbit in ORBITS else "unknown", unit=unit)
-    return Acquisition(item.id, source, modality, tuple(float(edge) for edge in bounds), layers, **facts)
+    return Acquisition(item.id, source, modality, bounds, layers, **facts)
 
 
 def _unit(item: pystac.Item) -> str:
@@ -196,9 +209,16 @@ def _unit(item: pystac.Item) -> str:
     return units.pop() if units else ""
 
 
-def _flat(bbox: Sequence[float]) -> Sequence[float]:
-    """West, south, east, north, of a box that may have heights too."""
-    return [bbox[i] for i in (0, 1, 3, 4)] if len(bbox) == 6 else bbox
+def edges_of(bbox: Any) -> tuple[float, float, float, float]:
+    """West, south, east, north of a box as JSON has it, perhaps with heights; raises Refused if it is none."""
+    try:
+        edges = np.array(bbox, float)
+    except (TypeError, ValueError):
+        edges = np.zeros(0)
+    if edges.shape not in ((4,), (6,)) or not np.isfinite(edges).all():
+        raise Refused(f"bbox = {bbox!r}; wanted west, south, east, north in degrees")
+    west, south, east, north = (edges if len(edges) == 4 else edges[[0, 1, 3, 4]]).tolist()
+    return west, south, east, north
 
 
 def _baseline(item: pystac.Item) -> float | None:

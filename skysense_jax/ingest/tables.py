@@ -40,6 +40,8 @@ def read_table(path: pathlib.Path, columns: Sequence[str]) -> dict[pathlib.Path,
         raise ValueError(f"{path}: {got}; wanted the column path, and {beside}")
     found: dict[pathlib.Path, dict[str, Any]] = {}
     for number, row in enumerate(rows, 2):
+        if None in row:
+            raise ValueError(f"{path}, row {number}: {row[None]} behind the last column; wanted a cell for each column")
         try:
             told = {name: _value(row[name], COLUMNS[name]) for name in row if name != "path" and _is_told(row[name])}
         except (ValueError, TypeError) as error:

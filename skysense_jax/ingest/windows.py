@@ -33,6 +33,7 @@ def read_window(layers: Sequence[Layer], square: Square, *, masked: bool = True)
     with opened(first.path) as source:
         given = bool(first.crs)
         grid = Grid(crs_of(first.crs), Affine(*first.transform), source.shape) if given else Grid.of(source)
+        grid = grid.turned_to(square)
         window = grid.window(square)
         bands = [layer.band for layer in layers]
         return window and _read(source, bands, window, grid, masked=masked)

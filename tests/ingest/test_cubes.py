@@ -17,7 +17,7 @@ from skysense_jax.ingest.names import cube_files
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.series import read_series
-from skysense_jax.modalities import MODALITIES
+from skysense_jax.modalities import MODALITIES, Modality
 from tests.ingest import earth
 
 CELLS = 24
@@ -256,6 +256,60 @@ def test_stack_without_dates_has_bands_of_any_order_and_the_day_that_is_said(tmp
     assert series.days.tolist() == [int(np.datetime64("2021-07-03", "D").astype(int))]
     with pytest.raises(Refused, match="numbers of type uint8; wanted uint16"):
         _cube(tmp_path / "a.h5", dataclasses.replace(HR, dtype="uint16", photometric="none"), ground, array="rgb")
+
+
+def _marked(path, stored, attributes, *, dtype):
+    """Validity and numbers of a cube of one band that has 7 in the west and, in the east, the number ``stored``."""
+    numbers = lambda x, y, date: np.where(x - earth.WEST < 120, 7, stored)  # noqa: E731
+    earth.write_cube(path, {"B": (numbers, dtype, attributes)}, [0], file_format="NETCDF3_CLASSIC")
+    kind = "u1" if dtype == "i1" else "f4"
+    row = Modality(
+        **dict(name="one", bands=("B",), dtype=str(np.dtype(kind)), unit="number", codec="zstd"),
+        **dict(value_range=(0, 255), typical_range=(0, 255), wrong_unit_hint="", pixels_per_cell=1, patch=1),
+        **dict(mean=(1.0,), std=(1.0,), statistics_source="none"),
+    )
+    series = _series(_cube(path, row)[0], row)
+    return series.valid[0], series.images[0, ..., 0]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "east"),
+    [({}, None), ({"_FillValue": np.int8(-56)}, False), ({"missing_value": np.int16(200)}, False), (None, "refused")],
+)
+def test_bytes_without_a_sign_are_bright_in_a_format_that_has_none(tmp_path, attributes, east):
+    """NetCDF-3 stores 200 as -56 and says _Unsigned; where it does not say so half of the numbers would be lost."""
+    if attributes is None:
+        with pytest.raises(Refused, match="numbers of type int8; wanted uint8"):
+            _marked(tmp_path / "a.nc", -56, {}, dtype="i1")
+        return
+    valid, numbers = _marked(tmp_path / "a.nc", -56, {"_Unsigned": "true", **attributes}, dtype="i1")
+    assert valid[:, :12].all()
+    assert (numbers[:, :12] == 7).all()
+    assert valid[:, 12:].all() == (east is None)
+    assert (numbers[valid] == 200).any() == (east is None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "attributes"),
+    [
+        (1e20, "f4", {"missing_value": 1e20}),
+        (-9999.9, "f4", {"missing_value": -9999.9}),
+        (-9999.9, "f4", {"_FillValue": np.float32(-1), "missing_value": "-9999.9"}),
+        (-9999.9, "f4", {"_FillValue": np.float32(-9999.9), "missing_value": "nan"}),
+        (200, "i2", {"missing_value": np.array([3.0, 200.0])}),
+    ],
+)
+def test_fill_value_of_another_type_is_found(tmp_path, stored, dtype, attributes):
+    valid, _ = _marked(tmp_path / "a.nc", stored, attributes, dtype=dtype)
+    assert valid[:, :12].all()
+    assert not valid[:, 12:].any()
+
+
+@pytest.mark.parametrize("fill", ["none", -0.9999, 70_000])
+def test_fill_value_that_is_no_number_of_the_type_is_refused(tmp_path, fill):
+    earth.write_cube(tmp_path / "a.nc", _bands(dtype="i2", missing_value=fill), [0])
+    with pytest.raises(Refused, match=rf"a\.nc: B02: missing_value = {fill}; wanted a number of type int16"):
+        _cube(tmp_path / "a.nc", offset=0)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,35 @@ def test_process_that_cannot_make_its_maker_says_why(archive, tmp_path):
         engines.build(_no_maker, out, facts={}, engine=engines.Engine(workers=2))
 
 
+class _Job:
+    """A job of a runner whose errors have a class of their own, as those of Dataflow."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def wait_until_finish(self):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (Exception("Dataflow pipeline failed. State: FAILED, Error:\nno quota"), "Apache Beam: no quota"),
+        (
+            Exception("Dataflow pipeline failed. State: CANCELLED\nNone"),
+            "Apache Beam: Dataflow pipeline failed. State: CAN",
+        ),
+        (Exception(), "Apache Beam: Exception"),
+        (ValueError("no such runner"), "no such runner"),
+    ],
+)
+def test_job_that_fails_on_a_cluster_ends_a_build_with_words(archive, tmp_path, monkeypatch, capsys, error, told):
+    monkeypatch.setattr(beam.apache_beam.Pipeline, "run", lambda self: _Job(error))
+    with pytest.raises(SystemExit):
+        _build(archive, tmp_path / "out", "--engine=beam", *IN_THIS_PROCESS)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {told}")
+
+
 def test_process_that_is_killed_ends_a_build_with_words(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "_write_one", _die)
     with pytest.raises(SystemExit):

@@ -123,6 +123,20 @@ def test_areas_with_another_tag_of_lines_are_areas(tmp_path):
     assert (_maps(tmp_path, features, bounds).draw(SQUARE) == ID["building"]).sum() == 16 * 16
 
 
+@pytest.mark.parametrize(("area", "kind"), [("yes", "Polygon"), ("no", "LineString"), ("", "LineString")])
+def test_square_of_a_town_is_an_area_without_a_rim(tmp_path, area, kind):
+    """A closed way of pedestrians is the square itself where it says area=yes, and else the way around."""
+    text = _osm(tmp_path / "a.osm").read_text()
+    tags = '<tag k="highway" v="pedestrian"/>' + (f'<tag k="area" v="{area}"/>' if area else "")
+    (tmp_path / "a.osm").write_text(text.replace('<tag k="building" v="yes"/>', tags))
+    features, bounds, _ = _read(tmp_path / "a.osm")
+    around = shapely.box(*bounds).intersection(shapely.box(*_degrees(0, 60), *_degrees(60, 0)))
+    (found,) = [feature for feature in features if around.contains(feature.geometry)]
+    assert found.geometry.geom_type.removeprefix("Multi") == kind
+    if area == "yes":
+        assert (_maps(tmp_path, [found], bounds).draw(SQUARE) == ID["road"]).sum() == 16 * 16
+
+
 def test_wide_river_beside_a_place_reaches_into_it(tmp_path):
     river = osm.Feature("water", shapely.LineString([_degrees(-65, -500), _degrees(-65, 700)]), width_m=200.0)
     found = _maps(tmp_path, [river], (11.0, 49.0, 12.5, 50.5)).draw(SQUARE)
@@ -195,6 +209,51 @@ def test_file_that_is_no_map_is_refused(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(Refused, match=told):
         _read(tmp_path / name)
+
+
+WOOD = dict(
+    type="Feature",
+    properties=dict(natural="wood"),
+    geometry=dict(type="Polygon", coordinates=[[[11, 48], [12, 48], [12, 49], [11, 48]]]),
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(properties=[1]),
+        dict(properties="wood"),
+        dict(geometry=dict(type="LineString", coordinates=[[11, 48]])),
+        dict(geometry=dict(type="Polygon", coordinates="abc")),
+        dict(geometry=dict(type="Heap", coordinates=[[11, 48]])),
+        None,
+    ],
+)
+def test_feature_that_is_none_is_counted_and_the_others_go_on(tmp_path, change):
+    bad = None if change is None else {**WOOD, **change}
+    (tmp_path / "a.geojson").write_text(json.dumps(dict(features=[bad, WOOD])))
+    features, bounds, lost = _read(tmp_path / "a.geojson")
+    assert [feature.name for feature in features] == ["forest"]
+    assert bounds == (11, 48, 12, 49)
+    assert lost == ["1 features that are not as GeoJSON has them"]
+    (tmp_path / "a.geojson").write_text(json.dumps(dict(features=[bad])))
+    with pytest.raises(Refused, match="no object that has a class and a place; 1 features that are not as GeoJSON"):
+        _read(tmp_path / "a.geojson")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([WOOD], "no FeatureCollection: wanted a list of features"),
+        (dict(features=WOOD), "no FeatureCollection: wanted a list of features"),
+        (dict(features=[WOOD], crs="here"), "GeoJSON coordinate system 'here'; wanted an EPSG code"),
+        (dict(features=[WOOD], crs=dict(properties=[1])), "GeoJSON coordinate system .*; wanted an EPSG code"),
+    ],
+)
+def test_geojson_of_another_shape_is_refused(tmp_path, content, told):
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    with pytest.raises(Refused, match=told):
+        _read(tmp_path / "a.geojson")
 
 
 def test_extracts_are_read(tmp_path):

@@ -75,6 +75,22 @@ def test_resample_rounds_to_the_type():
     assert rasters.resample(raster, square, pixels_per_cell=1, dtype="uint16").pixels.dtype == np.uint16
 
 
+@pytest.mark.parametrize(
+    ("numbers", "dtype", "valid"),
+    [
+        ([-7, 40_000, 3, 0], "uint16", [False, True, True, True]),
+        ([-7, 40_000, 3, 0], "int16", [True, False, True, True]),
+        ([-0.6, 255.6, 254.6, -0.4], "uint8", [False, False, True, True]),
+    ],
+)
+def test_numbers_that_the_type_cannot_hold_are_invalid_and_not_clipped(numbers, dtype, valid):
+    raster = raster_of(np.array(numbers)[None, :, None].repeat(4, 0), west=500_000, north=5e6, size=10.0)
+    got = rasters.resample(raster, Square(500_000.0, 5e6, 4, UTM), pixels_per_cell=1, dtype=dtype)
+    assert got.pixels.dtype == dtype
+    assert got.valid.tolist() == [valid] * 4
+    assert got.pixels[0, valid, 0].tolist() == np.rint(np.array(numbers)[valid]).tolist()
+
+
 def test_resample_that_would_stretch_more_than_twice_is_refused():
     raster = raster_of(np.zeros((30, 30, 3), np.uint8), west=500_000, north=5e6, size=1.0)
     square = Square(west=500_000.0, north=5e6, cells=3, crs=UTM)

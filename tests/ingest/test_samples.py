@@ -65,9 +65,9 @@ def test_convert_every_kind_has_its_modalities_and_extent(converted):
 
 
 def test_convert_rejects_with_a_reason_each(converted):
-    reasons = {entry.file: entry.reason for entry in converted.report.rejected}
+    reasons = {entry.name: entry.reason for entry in converted.report.rejected}
     written = [json.loads(line) for line in (converted.out / "rejected.jsonl").read_text().splitlines()]
-    assert {entry["file"]: entry["reason"] for entry in written} == reasons
+    assert {entry["name"]: entry["reason"] for entry in written if entry["what"] == "file"} == reasons
     assert "bands B02 B03 B04 B08 are missing" in reasons.pop("worldcereal_patches/000028085BF08E7E")
     assert re.search(r"band names contradict.*B8A / B8 is 0\.\d+.*B12 / B11 is", reasons.pop(CHIP))
     assert reasons.pop(RADAR) == "polarisations in the file: VV; missing: VH"
@@ -360,7 +360,7 @@ def test_convert_a_file_that_cannot_be_read_costs_only_itself(made_up, tmp_path)
     (source / "spacenet_samples" / "geotiff_labels.geojson").write_text('{"features": [')
     data = real_mix.get_config().data
     report = samples.convert(source, tmp_path / "out", modalities=select(data.modalities, data.new_modalities))
-    reasons = {entry.file.rsplit("/")[-1]: entry.reason for entry in report.rejected}
+    reasons = {entry.name.rsplit("/")[-1]: entry.reason for entry in report.rejected}
     assert reasons.pop("nothing.hdf5") == "no pixel is a number in all bands"
     assert reasons.pop("small.hdf5") == "8 x 8 pixels of 1 m hold no whole 10 m cell"
     assert reasons.pop("sample_geotiff.tif").startswith("JSONDecodeError: ")
@@ -375,7 +375,7 @@ def test_convert_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_convert_without_rows_for_other_imagery_rejects_it(made_up, tmp_path):
     report = samples.convert(made_up, tmp_path / "out", modalities=tuple(MODALITIES.values()))
-    reasons = {entry.file: entry.reason for entry in report.rejected}
+    reasons = {entry.name: entry.reason for entry in report.rejected}
     assert "no row 'naip'" in reasons["chesapeake_naip_1m/geobench/id_000051.hdf5"]
     assert "no row 'pan'" in reasons["spacenet_samples/sample_geotiff.tif"]
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 import rasterio.warp
 from rasterio.errors import RasterioIOError
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import acquisitions, geotiffs, remote, safe
+from skysense_jax.ingest import acquisitions, cubes, geotiffs, remote, safe
 from skysense_jax.ingest import series as lib
 from skysense_jax.ingest.acquisitions import Acquisition
-from skysense_jax.ingest.places import Place
+from skysense_jax.ingest.cubes import Layout
+from skysense_jax.ingest.grids import Ground
+from skysense_jax.ingest.places import Place, seen_by
 from skysense_jax.ingest.rasters import Raster, mosaic
 from skysense_jax.ingest.series import read_series
 from skysense_jax.modalities import MODALITIES
@@ -81,6 +84,38 @@ def _bounds(epsg, corner):
     if epsg == earth.ZONE:
         return around
     return rasterio.warp.transform_bounds(f"EPSG:{earth.ZONE}", f"EPSG:{epsg}", *around)
+
+
+@pytest.mark.parametrize("kind", ["image", "cube"])
+@pytest.mark.parametrize("west", [179.9985, -180.0015])
+def test_longitudes_beyond_180_are_those_of_the_other_side(tmp_path, kind, west):
+    """A file that counts on beyond 180 degrees shows both sides what two files do that end there."""
+    size, north, height, width, seam = 2.5e-6, -16.9997, 320, 800, 600
+    pixels = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3)).astype(np.uint8)
+    pixels = pixels.repeat(8, 0).repeat(8, 1)
+    found = []
+    for name, left, columns in (
+        ("both", west, slice(None)),
+        ("a", 179.9985, slice(seam)),
+        ("b", -180.0, slice(seam, None)),
+    ):
+        part = pixels[:, columns]
+        ground = Ground("EPSG:4326", (left, north - height * size, left + part.shape[1] * size, north))
+        if kind == "image":
+            earth.write_tif(tmp_path / name, part, from_origin(left, north, size, size), 4326)
+            found.append(_image(tmp_path / name))
+        else:
+            with h5py.File(tmp_path / name, "w") as file:
+                file["rgb"] = np.moveaxis(part, -1, 0)
+            found += cubes.read_cube([tmp_path / name], HR, Layout(array="rgb"), name=name, source="x", ground=ground)
+    np.testing.assert_allclose(found[0].bounds, (179.9985, north - height * size, -179.9995, north))
+    sides = [Place(32760, 819_340, 8_118_000, 2), Place(32701, 180_560, 8_118_000, 2)]
+    assert [place.acquisitions for place in seen_by(sides, found)] == [(0, 1), (0, 2)]
+    for place, alone in zip(sides, found[1:]):
+        both, one = (read_series([look], place.square, HR, min_clear_share=0.1)[0] for look in (found[0], alone))
+        assert both.valid.all()
+        assert one.images.std() > 50
+        assert np.abs(both.images.astype(int) - one.images).max() <= 1
 
 
 def test_images_on_different_grids_fill_each_other_up(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import geotiffs, names, safe
+from skysense_jax.ingest import geotiffs, names, safe, sources
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -23,6 +23,7 @@ def _image(path, row=HR, **options):
         (GREY, from_origin(0, 40, 1, 1), None, "no coordinate system"),
         (GREY[..., :2], from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "2 bands; wanted 3 or more, for R G B"),
         (GREY.astype(np.uint16), from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "type uint16; wanted uint8"),
+        (GREY.astype(np.int8), from_origin(700_000, 5_500_000, 0.3, 0.3), earth.ZONE, "type int8; wanted uint8"),
         (GREY, from_origin(700_000, 5_500_000, 0.8, 0.8), earth.ZONE, "pixels of 0.8 m; wanted at most 0.625 m for hr"),
         (GREY, from_origin(48.1, 111.5, 3e-6, 3e-6), 4326, r"latitudes 111.5 to 111.5; wanted .* \(swapped, or metres"),
         (GREY, from_origin(700_000, 5_500_000, 0.3, 0.3), 4326, "longitudes 700000 to 700012"),
@@ -50,6 +51,21 @@ def test_day_is_that_of_tag_or_name(tmp_path):
     earth.write_aerial(path, **where, day="2021:17:03 11:00:00")
     with pytest.raises(Refused, match="date '2021-17-03'"):
         _image(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("day_pattern = '_(\\d{4}'", r"day_pattern = '_\(\\\\d\{4\}': missing \)"),
+        ("day_pattern = '_(\\d{4})_'", r"has 1 groups \( \); wanted three: year, month, day"),
+    ],
+)
+def test_day_pattern_that_cannot_find_a_day_is_refused_by_the_list(tmp_path, field, told):
+    (tmp_path / "a.tif").touch()
+    entry = 'name = "a"\nkind = "image"\nmodality = "hr"\nfiles = "a.tif"\nlicence = "x"'
+    (tmp_path / "list.toml").write_text(f"[[source]]\n{entry}\n{field}\n")
+    with pytest.raises(ValueError, match=rf"--sources: .*list.toml, source 'a': .*{told}"):
+        sources.read_list(tmp_path / "list.toml")
 
 
 def test_bands_are_those_that_the_list_names(tmp_path):

@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pystac
@@ -10,9 +11,10 @@ import pytest
 import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
+from shapely.geometry import box, mapping
 
 from skysense_jax.data.records import RecordSource
-from skysense_jax.ingest import build, plan, stac
+from skysense_jax.ingest import build, plan, sources, stac
 from skysense_jax.ingest.rasters import Refused, Square
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -37,7 +39,8 @@ def _cog(path, numbers, size):
 def _item(folder, name, day, assets, **properties):
     square = Square(float(WEST), float(NORTH), SIDE // 10, CRS.from_epsg(earth.ZONE))
     bounds = rasterio.warp.transform_bounds(square.crs, "EPSG:4326", *square.bounds)
-    item = pystac.Item(name, None, list(bounds), datetime.datetime.fromisoformat(f"{day}T10:10:21+00:00"), properties)
+    outline, time = mapping(box(*bounds)), datetime.datetime.fromisoformat(f"{day}T10:10:21+00:00")
+    item = pystac.Item(name, outline, list(bounds), time, properties)  # without an outline its box would not be kept
     for key, path in assets.items():
         item.add_asset(key, pystac.Asset(str(path), media_type=pystac.MediaType.COG, roles=["data"]))
     return item
@@ -124,7 +127,33 @@ def test_items_are_those_of_the_box_and_the_dates(catalogue):
     assert names(dates="2022-06-02/2022-06-12") == ["earth-search", "nothing-said"]
     assert names(dates="2022-06-14") == ["radar"]
     assert names(bbox=[20.0, 20.0, 21.0, 21.0]) == []
+    assert len(names(bbox=[11.0, 49.0, 0.0, 12.0, 50.0, 9.0])) == 4
     assert names(collections=["others"]) == []
+
+
+@pytest.mark.parametrize("bbox", [[11.0, 49.0, 12.0], [None] * 4, 5, "11,49,12,50"])
+def test_item_with_a_malformed_box_is_named_and_the_others_go_on(catalogue, tmp_path, bbox):
+    shutil.copytree(catalogue / "catalog", tmp_path / "catalog")
+    (path,) = (tmp_path / "catalog").rglob("nothing-said.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bbox": bbox}))
+    href = str(tmp_path / "catalog" / "catalog.json")
+    lost = []
+    assert len(list(stac.items(href, lost=lost))) == 4  # nobody asked where it lies
+    found = [item.id for item in stac.items(href, bbox=[11.0, 49.0, 12.0, 50.0], lost=lost)]
+    assert sorted(found) == ["earth-search", "planetary", "radar"]
+    assert [(entry.what, entry.name, entry.reason) for entry in lost] == [
+        ("file", "nothing-said", f"bbox = {bbox!r}; wanted west, south, east, north in degrees")
+    ]
+
+
+def test_item_whose_malformed_box_would_be_its_bounds_is_refused(catalogue):
+    item = next(item for item in stac.items(str(catalogue / "catalog" / "catalog.json")) if item.id == "planetary")
+    item.bbox = item.bbox[:3]
+    with pytest.raises(Refused, match="wanted west, south, east, north"):
+        stac.read_item(item, modality="s2", source="x")
+    (catalogue / "list.toml").write_text(_list(catalogue, "s2", bbox=[1, 2, 3]))
+    with pytest.raises(ValueError, match=r"source 'archive': bbox = \[1, 2, 3\]; wanted west"):
+        sources.read_list(catalogue / "list.toml")
 
 
 def test_catalogue_that_does_not_answer_is_refused(tmp_path):

@@ -116,6 +116,7 @@ def test_place_is_all_or_nothing():
         ("path,offset\n1.png,0\n", {}, "path, offset; wanted the column path"),  # of an image
         ("path\n", {}, "no rows; wanted the column path"),
         ("path,west\n1.png,here\n", {}, "files.csv, row 2: could not convert string to float: 'here'"),
+        ("path,day\n1.png,\n2.png,,x\n", {}, "row 3: ['x'] behind the last column; wanted a cell for each column"),
         ("path\n1.png\n1.png\n", {}, "row 3: path '1.png'; wanted each file once"),
         ('path\n""\n', {}, "row 2: path ''; wanted each file once"),
         ("path,orbit\n1.tif,up\n", dict(kind="s1", modality=None), "orbit 'up' of 1.tif; wanted one of"),
