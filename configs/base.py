@@ -181,7 +181,7 @@ def _optim() -> dict:
 
 
 def _eval() -> dict:
-    """The probe that closes a run; never feeds back into training."""
+    """The probes (linear, k nearest neighbours) that close a run; they never feed back into training."""
     return dict(
         probe_every_steps=0,  # the teacher is also probed this often, where a checkpoint is made; 0: only at the end
         num_train_scenes=48,  # fitted on

@@ -1,4 +1,4 @@
-"""What a run shows of itself: pictures, and the linear probe of its teacher on held-out procedural scenes.
+"""What a run shows of itself: pictures, and the probes of its teacher on held-out procedural scenes.
 
 Next: eval/pictures.py, eval/probes.py.
 """
@@ -53,7 +53,7 @@ class Outputs:
             logging.info("picture: %s", path)
 
     def probe(self, step: int, teacher: Any) -> dict[str, float | None]:
-        """Scores of the linear probe of the teacher behind ``step``; logged too.
+        """Scores of the probes of the teacher behind ``step``; logged too.
 
         None where there is nothing to tell apart. Nothing if the config asks for none, or if procedural scenes have
         none of the run's modalities.
@@ -93,11 +93,11 @@ class Outputs:
         if not self._config.eval.num_test_scenes:
             return {}
         if not {row.name for row in rows} & set(scenes.MODALITIES):
-            logging.info("no linear probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
+            logging.info("no probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
             return {}
         found = probes.probe_scenes(self._run.network, params, rows, self._probe_scenes, **_encoding(self._config))
         points = "  ".join(f"{key} {100 * value:.1f}" for key, value in found.items())
-        logging.info("linear probe on held-out scenes, %s: %s", name, points)
+        logging.info("probes on held-out scenes, %s: %s", name, points)
         return {key: value if np.isfinite(value) else None for key, value in found.items()}
 
 

@@ -1,7 +1,8 @@
-"""Linear probes on frozen features of cells, split by scene: what a run has learned, in two numbers a task.
+"""Probes of frozen features of cells, split by scene: what a run has learned, in four numbers a task.
 
-A probe asks whether a logistic regression can read a cell's class off its feature. Tasks are the label map (the text
-objective sees it) and the attributes of procedural scenes that no record carries and no loss ever sees.
+A linear probe asks whether a logistic regression can read a cell's class off its feature; k nearest neighbours ask the
+features as they are. Tasks are the label map (the text objective sees it) and the attributes of procedural scenes that
+no record carries and no loss ever sees.
 ``raw_bands`` is the baseline: the numbers of the cell's own 3x3 neighbourhood. Next: features.py, where features come
 from; benchmarks/learning.py, the table of all of it.
 """
@@ -22,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from skysense_jax.data import scenes
 from skysense_jax.data.sample import SampleReader
+from skysense_jax.eval import neighbours
 from skysense_jax.eval.features import WholeSample, read_whole, sample_features
 from skysense_jax.modalities import OSM, Modality
 
@@ -40,6 +42,9 @@ class Scores:
 
     miou: float
     accuracy: float
+
+
+_NOTHING = Scores(float("nan"), float("nan"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +104,10 @@ def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: i
     Raises:
       ValueError: a scene is in both parts.
     """
-    shared = np.intersect1d(train.scenes, test.scenes)
-    if shared.size:
-        raise ValueError(f"scenes {shared[:5].tolist()} are in training and test cells; a probe is split by scene")
-    asked, test_asked = train.targets[task] > 0, test.targets[task] > 0
-    rows = np.flatnonzero(asked)
-    if rows.size > max_cells:
-        rows = np.sort(np.random.default_rng(0).choice(rows, max_cells, replace=False))
+    rows, test_rows = _asked(train, test, task, max_cells)
     features, targets, places = train.features[rows], train.targets[task][rows], train.scenes[rows]
-    if np.unique(targets).size < 2 or not test_asked.any():
-        return Scores(float("nan"), float("nan"))
+    if np.unique(targets).size < 2 or not test_rows.size:
+        return _NOTHING
 
     all_scenes = np.unique(places)
     held_out = np.isin(places, all_scenes[len(all_scenes) - len(all_scenes) // 4 :])
@@ -120,7 +119,28 @@ def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: i
             trials[trial] = score(targets[held_out], predictions).miou
         penalty = max(trials, key=trials.get)
     probe = _fit(features, targets, penalty)
-    return score(test.targets[task][test_asked], probe.predict(test.features[test_asked].astype(np.float64)))
+    return score(test.targets[task][test_rows], probe.predict(test.features[test_rows].astype(np.float64)))
+
+
+def neighbour_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:
+    """The same of k nearest neighbours (neighbours.py): no training, so nothing is chosen."""
+    rows, test_rows = _asked(train, test, task, max_cells)
+    classes, labels = np.unique(train.targets[task][rows], return_inverse=True)
+    if classes.size < 2 or not test_rows.size:
+        return _NOTHING
+    found = neighbours.predict(train.features[rows], labels, test.features[test_rows], num_classes=len(classes))
+    return score(test.targets[task][test_rows], classes[found])
+
+
+def _asked(train: ProbeCells, test: ProbeCells, task: str, max_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the cells that the task asks about, of the first part at most ``max_cells``; raises ValueError."""
+    shared = np.intersect1d(train.scenes, test.scenes)
+    if shared.size:
+        raise ValueError(f"scenes {shared[:5].tolist()} are in training and test cells; a probe is split by scene")
+    rows = np.flatnonzero(train.targets[task] > 0)
+    if rows.size > max_cells:
+        rows = np.sort(np.random.default_rng(0).choice(rows, max_cells, replace=False))
+    return rows, np.flatnonzero(test.targets[task] > 0)
 
 
 # ---- from scenes to cells
@@ -203,8 +223,12 @@ def _probe(
         labels, attributes = [s.sample.labels for s in drawn], [s.attributes for s in drawn]
         parts.append(gather_cells(features, usable, labels, attributes, first_scene=first))
         first += len(drawn)
-    scores = {task: linear_probe(*parts, task=task) for task in parts[0].targets}
-    return {f"{task}/{name}": value for task, s in scores.items() for name, value in dataclasses.asdict(s).items()}
+    scores = {}
+    for task in parts[0].targets:
+        for kind, probe in (("", linear_probe), ("knn_", neighbour_probe)):
+            found = dataclasses.asdict(probe(*parts, task=task))
+            scores |= {f"{task}/{kind}{name}": value for name, value in found.items()}
+    return scores
 
 
 def probe_scenes(
@@ -217,8 +241,9 @@ def probe_scenes(
     num_dates: Mapping[str, int],
     batch_size: int,
 ) -> dict[str, float]:
-    """``{task/miou, task/accuracy}`` of a linear probe on frozen fused features of procedural scenes.
+    """Scores on frozen fused features of procedural scenes: of a linear probe and of k nearest neighbours.
 
+    ``{task/miou, task/accuracy, task/knn_miou, task/knn_accuracy}``.
     ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``. NaN where the scenes hold nothing to
     tell apart.
     """

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.neighbors import KNeighborsClassifier
 
 from skysense_jax import modalities
 from skysense_jax.data import scenes
@@ -63,6 +64,36 @@ def test_linear_probe_on_separable_cells_is_perfect_and_on_shuffled_ones_is_not(
     assert probes.linear_probe(train, test, task="toy") == probes.Scores(1.0, 1.0)
     shuffled = probes.ProbeCells(train.features[rng.permutation(180)], train.targets, train.scenes)
     assert probes.linear_probe(shuffled, test, task="toy").accuracy < 0.9
+
+
+def test_neighbour_probe_equals_brute_force_and_tells_classes_that_a_line_does_not():
+    rng = np.random.default_rng(1)
+    angle, place = rng.uniform(0, 2 * np.pi, 400), np.repeat(np.arange(20), 20)
+    targets = 3 + 2 * (np.floor(angle / (np.pi / 3)).astype(int) % 2)  # six sectors, of two classes by turns: 3 and 5
+    targets[::7] = 0
+    features = np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
+    cells = [
+        probes.ProbeCells(features[part], {"toy": targets[part]}, place[part]) for part in (place < 14, place >= 14)
+    ]
+    asked = [part.targets["toy"] > 0 for part in cells]
+    model = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    model.fit(cells[0].features[asked[0]].astype(np.float64), cells[0].targets["toy"][asked[0]])
+    wanted = model.predict(cells[1].features[asked[1]].astype(np.float64))
+    found = probes.neighbour_probe(*cells, task="toy")
+    assert found == probes.score(cells[1].targets["toy"][asked[1]], wanted)
+    assert found.accuracy > 0.85
+    assert probes.linear_probe(*cells, task="toy").accuracy < 0.7
+
+
+def test_neighbour_probe_of_one_class_or_of_shared_scenes_says_so():
+    rng = np.random.default_rng(2)
+    train, test = _toy(rng, 0, 9, 3.0), _toy(rng, 100, 4, 3.0)
+    one = probes.ProbeCells(train.features, {"toy": np.minimum(train.targets["toy"], 1)}, train.scenes)
+    assert np.isnan(probes.neighbour_probe(one, test, task="toy").miou)
+    with pytest.raises(ValueError, match=r"are in training and test"):
+        probes.neighbour_probe(train, train, task="toy")
 
 
 def test_linear_probe_twice_gives_the_same_scores_and_keeps_to_its_cap():
@@ -128,5 +159,6 @@ def test_probe_raw_bands_on_scenes_splits_them_and_scores_every_task(monkeypatch
     scores = probes.probe_raw_bands(rows, probes.held_out_scenes(rows, **which), num_dates=dict(s2=2, s1=1))
     assert drawn == list(range(70, 76))
     tasks = {"osm", "crop_type", "roof_material", "forest_type"}
-    assert set(scores) == {f"{task}/{name}" for task in tasks for name in ("miou", "accuracy")}
+    assert set(scores) == {f"{task}/{name}" for task in tasks for name in ("miou", "accuracy", "knn_miou", "knn_accuracy")}
     assert 0 < scores["osm/accuracy"] <= 1
+    assert 0 < scores["osm/knn_accuracy"] <= 1
