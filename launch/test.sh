@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # A file's tests share what they compile: they go to one process, the longest files first (tests/conftest.py).
-"$PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+"$PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30 "$@"
