@@ -1,0 +1,255 @@
+"""A trained network on a labelled dataset, from what the command says to a table and a file of results.
+
+Everything that can be wrong is looked for before the first image is encoded. Next: frozen.py, which does the work.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from skysense_jax.ingest.tfds_sets import S2_L1C
+from skysense_jax.modalities import MODALITIES, Modality
+from skysense_jax.tasks import cards, folders, frozen, recordsets
+from skysense_jax.tasks.cards import CARDS, RECORDS, Card
+from skysense_jax.tasks.examples import KINDS, MULTI_LABEL, Examples, check, take_share
+from skysense_jax.tasks.loading import Model, load
+
+FINETUNE = "finetune"
+PROTOCOLS = (*frozen.PROTOCOLS, FINETUNE)
+_COARSEST_M = 2 * 10 / MODALITIES["hr"].pixels_per_cell  # of pixels that hr takes
+_NOTE = "published by others, fine-tuned on the whole protocol; not run here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command says; each field is a flag of ``python -m skysense_jax.eval``, and told there."""
+
+    model: str
+    dataset: str
+    task: str | None = None
+    protocol: str = frozen.KNN
+    label_share: float = 1.0
+    train_share: float | None = None
+    modalities: tuple[str, ...] = ()
+    gsd_m: float | None = None
+    l1c_as_s2: bool = False
+    tile_cells: int = 16
+    max_cells: int = 20_000
+    batch_size: int = 8
+    seed: int = 0
+    out: pathlib.Path | None = None
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+    """The result as JSON has it; written to ``request.out`` too, if it is given.
+
+    Raises:
+      ValueError: what is asked for cannot be done; says which flag or file to change.
+      RuntimeError: no checkpoint of the model verifies.
+    """
+    _check_flags(request)
+    card, place = find_dataset(request.dataset)
+    card, has_split = _adapted(card, request), _has_split(card, place)
+    if has_split and request.train_share is not None:
+        raise ValueError(f"--train_share: got {request.train_share:g}; {card.name} has a split; wanted --label_share")
+    run_finetune = _finetune() if request.protocol == FINETUNE else None
+    model = load(request.model, modalities=request.modalities or None)
+    rows = shared_rows(model, card, place, request)
+    model = dataclasses.replace(model, rows=tuple(row for row in model.rows if row in rows.values()))
+    train_share = request.train_share or card.train_shares[0]
+    splits = _read(card, place, rows, request, train_share)
+    for split, examples in splits.items():
+        check(examples, split=split)
+        _open_first(examples, model)
+    if request.out is not None:
+        request.out.mkdir(parents=True, exist_ok=True)
+    train, test = (splits[split] for split in folders.SPLITS)
+    train = take_share(train, request.label_share, seed=request.seed)
+    if run_finetune:
+        options = dict(seed=request.seed, batch_size=request.batch_size, left_out=card.left_out)
+        scores = run_finetune(model, train, test, task=card.kind, options=options)
+    else:
+        options = frozen.Options(
+            protocol=request.protocol,
+            batch_size=request.batch_size,
+            max_cells=request.max_cells,
+            seed=request.seed,
+            left_out=card.left_out,
+        )
+        scores = frozen.evaluate(model, train, test, options)
+    result = _result(request, card, model, train, test, None if has_split else train_share, scores)
+    if request.out is not None:
+        (request.out / file_name(result)).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _check_flags(request: Request) -> None:
+    if request.protocol not in PROTOCOLS:
+        raise ValueError(f"--protocol: got {request.protocol!r}; wanted one of {', '.join(PROTOCOLS)}")
+    if request.task is not None and request.task not in KINDS:
+        raise ValueError(f"--task: got {request.task!r}; wanted one of {', '.join(KINDS)}")
+    for flag in ("label_share", "train_share"):
+        share, all_too = getattr(request, flag), flag == "label_share"
+        if share is not None and not (0 < share < 1 or (all_too and share == 1)):
+            raise ValueError(f"--{flag}: got {share:g}; wanted above 0, {'at most' if all_too else 'below'} 1")
+    for flag in ("tile_cells", "max_cells", "batch_size"):
+        if getattr(request, flag) < 1:
+            raise ValueError(f"--{flag}: got {getattr(request, flag)}; wanted 1 or more")
+    if request.gsd_m is not None and not 0 < request.gsd_m <= _COARSEST_M:
+        raise ValueError(f"--gsd_m: got {request.gsd_m:g}; wanted above 0, at most {_COARSEST_M:g}: hr stretches by 2")
+    if request.out is not None and request.out.exists() and not request.out.is_dir():
+        raise ValueError(f"--out: {request.out} is a file; wanted a folder")
+
+
+def find_dataset(text: str) -> tuple[Card, pathlib.Path]:
+    """The card and the place that NAME:DIR or DIR says: of a known dataset, of a card.json in DIR, or of records.
+
+    Raises:
+      ValueError: no such card, or DIR says nothing of itself.
+    """
+    name, colon, rest = text.partition(":")
+    if colon:
+        if name not in CARDS:
+            raise ValueError(f"--dataset: no card {name!r}; wanted one of {', '.join(CARDS)}, or DIR with {cards.FILE}")
+        return CARDS[name], pathlib.Path(rest)
+    place = pathlib.Path(text)
+    if (place / cards.FILE).exists():
+        return cards.read(place / cards.FILE), place
+    if place.is_dir() and any(place.glob("*.array_record")):
+        return CARDS[RECORDS], place
+    told = f"has neither {cards.FILE} nor records" if place.is_dir() else "is no folder"
+    raise ValueError(f"--dataset: {place} {told}; wanted NAME:DIR with a NAME of {', '.join(CARDS)}")
+
+
+def _adapted(card: Card, request: Request) -> Card:
+    """The card with what the flags say; raises ValueError where they contradict it."""
+    if card.name == RECORDS:
+        if request.task is None:
+            raise ValueError(f"--task: missing; records do not say theirs; wanted one of {', '.join(KINDS)}")
+        card = dataclasses.replace(card, kind=request.task)
+    if request.task not in (None, card.kind):
+        raise ValueError(f"--task: got {request.task}; the card {card.name!r} is of {card.kind}")
+    if card.kind == MULTI_LABEL and request.protocol == frozen.KNN:
+        raise ValueError(f"--protocol: {frozen.KNN} gives one class an image; wanted {frozen.LINEAR} for {MULTI_LABEL}")
+    if request.gsd_m is not None:
+        if all(source.format != cards.RGB for source in card.sources.values()):
+            raise ValueError(f"--gsd_m: got {request.gsd_m:g}; the size of {card.name}'s pixels is known")
+        card = dataclasses.replace(card, gsd_m=request.gsd_m)
+    return card
+
+
+def _has_split(card: Card, place: pathlib.Path) -> bool:
+    """Whether the card or the folder says what is to train on."""
+    return bool(card.splits or card.members) if card.sources else recordsets.has_split(place)
+
+
+def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request) -> Mapping[str, Modality]:
+    """The model's rows of what the dataset has, by the dataset's names for them.
+
+    Raises:
+      ValueError: there is none, or one that was asked for is not in the dataset.
+    """
+    known = {row.name: row for row in model.rows}
+    has = list(card.sources) or [row.name for row in recordsets.modalities_of(place)] or list(known)
+    rows = {name: known[name] for name in has if name in known}
+    if S2_L1C.name in has and S2_L1C.name not in known and request.l1c_as_s2 and "s2" in known and "s2" not in has:
+        rows[S2_L1C.name] = known["s2"]
+        if not card.sources:
+            raise ValueError("--l1c_as_s2: records are of the row that they were written with; say it to from_tfds")
+    absent = [name for name in request.modalities if name not in {row.name for row in rows.values()}]
+    if absent:
+        raise ValueError(f"--modalities: {card.name} has no {', '.join(absent)}; it has {', '.join(has)}")
+    if not rows:
+        hint = "; --l1c_as_s2 takes Level-1C for s2" if has == [S2_L1C.name] and "s2" in known else ""
+        raise ValueError(
+            f"--dataset: {card.name} has {', '.join(has)}, which the model has never seen: it has "
+            f"{', '.join(row.name for row in model.network.backbone.modalities)}{hint}"
+        )
+    return rows
+
+
+def _read(
+    card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request: Request, train_share: float
+) -> dict[str, Examples]:
+    how = dict(train_share=train_share, seed=request.seed)
+    if card.sources:
+        return folders.read(place, card, rows=rows, tile_cells=request.tile_cells, **how)
+    return recordsets.read(place, kind=card.kind, rows=list(rows.values()), num_classes=card.num_classes, **how)
+
+
+def _open_first(examples: Examples, model: Model) -> None:
+    """Reads one sample: a wrong unit is in all of them."""
+    first = examples[0]
+    for sample in (first.before, first.after):
+        if sample is not None and not any(len(sample.days(row.name)) for row in model.rows):
+            raise ValueError(f"--dataset: {first.id!r} has none of {', '.join(row.name for row in model.rows)}")
+
+
+def _finetune() -> Any:
+    """The function of ``tasks.finetune``, looked up by name since it need not be there."""
+    name = "skysense_jax.tasks.finetune"
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"--protocol: {FINETUNE} is not in this version; wanted one of {', '.join(frozen.PROTOCOLS)}")
+    return importlib.import_module(name).finetune
+
+
+def _result(
+    request: Request,
+    card: Card,
+    model: Model,
+    train: Examples,
+    test: Examples,
+    train_share: float | None,
+    scores: Mapping[str, float],
+) -> dict[str, Any]:
+    return dict(
+        model=dict(place=str(request.model), name=model.name),
+        dataset=dict(card=card.name, place=request.dataset, classes=list(train.classes)),
+        task=card.kind,
+        protocol=request.protocol,
+        modalities=[row.name for row in model.rows],
+        train_share=train_share,
+        label_share=request.label_share,
+        seed=request.seed,
+        num_train=len(train),
+        num_test=len(test),
+        scores={name: value if math.isfinite(value) else None for name, value in scores.items()},
+        published=[dict(dataclasses.asdict(figure), note=_NOTE) for figure in card.published],
+    )
+
+
+def file_name(result: Mapping[str, Any]) -> str:
+    """Of a result: one that differs in dataset, task, protocol, modalities, shares or seed has another."""
+    shares = "".join(f"-{name}{result[name]:g}" for name in ("train_share", "label_share") if result[name] is not None)
+    parts = (result["dataset"]["card"], result["task"], result["protocol"], "_".join(result["modalities"]))
+    return re.sub(r"[^\w.\-]", "_", "-".join(parts)) + shares.replace("_share", "") + f"-seed{result['seed']}.json"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A result as lines for a person; scores in per cent."""
+    share = f", {result['label_share']:.3g} of the labels" if result["label_share"] < 1 else ""
+    lines = [
+        f"model     {result['model']['name']} ({', '.join(result['modalities'])})",
+        f"dataset   {result['dataset']['card']}, {result['task']}, {len(result['dataset']['classes'])} classes; "
+        f"{result['num_train']} to train on{share}, {result['num_test']} to test on",
+        f"protocol  {result['protocol']} on frozen features, seed {result['seed']}"
+        if result["protocol"] != FINETUNE
+        else f"protocol  {FINETUNE}, seed {result['seed']}",
+        "",
+        *(
+            f"  {name:28} {'-' if value is None else format(100 * value, '.2f'):>7} %"
+            for name, value in result["scores"].items()
+        ),
+    ]
+    if result["published"]:
+        lines += ["", f"{_NOTE}:"]
+        lines += [
+            f"  {f['method']:14} {f['setting']:16} {f['metric']:8} {f['value']:7.2f} %" for f in result["published"]
+        ]
+    return "\n".join(lines)

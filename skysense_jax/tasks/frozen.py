@@ -1,0 +1,187 @@
+"""Tasks on frozen features: k nearest neighbours and a linear classifier, of images, of cells, of pairs of dates.
+
+Features are those of ``eval.features``: an image's is the mean of its usable cells' fused features, a pair's of dates
+|difference|, before and after, side by side. Maps are predicted cell by cell and scored pixel by pixel: the scores of
+classes are enlarged bilinearly. Next: linear.py (the classifier), evaluate.py (the command).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from skysense_jax.data.sample import SampleReader
+from skysense_jax.eval import neighbours, scores
+from skysense_jax.eval.features import sample_features
+from skysense_jax.eval.scores import IGNORED
+from skysense_jax.tasks import linear
+from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, Example, Examples
+from skysense_jax.tasks.loading import Model
+
+KNN, LINEAR = PROTOCOLS = ("knn", "linear")
+MIN_LABELLED_SHARE = 0.5  # of a cell's pixels, for it to be trained on [our choice]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """The cells of one example: their features, and where at least one modality and date was usable."""
+
+    features: Float[np.ndarray, "P Q D"]
+    usable: Bool[np.ndarray, "P Q"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How features are used.
+
+    Attributes:
+      protocol: one of ``PROTOCOLS``.
+      batch_size: windows encoded at a time.
+      max_cells: training cells of maps, drawn evenly over examples.
+      seed: of what is drawn and held out.
+      left_out: classes that do not enter means over classes.
+    """
+
+    protocol: str
+    batch_size: int = 8
+    max_cells: int = 20_000
+    seed: int = 0
+    left_out: tuple[int, ...] = ()
+
+
+def encode(model: Model, examples: Examples, *, batch_size: int) -> Iterator[tuple[Example, Cells]]:
+    """Each example with its cells, in order."""
+    how = dict(cells=model.cells, num_dates=model.num_dates, batch_size=batch_size)
+    waiting: list[Example] = []
+
+    def samples() -> Iterator[SampleReader]:
+        for example in examples:
+            waiting.append(example)
+            yield example.before
+            if example.after is not None:
+                yield example.after
+
+    found = sample_features(model.network, model.params, model.rows, samples(), **how)
+    for cells in found:
+        example = waiting.pop(0)
+        if example.after is None:
+            yield example, Cells(cells.fused, cells.fused_usable)
+            continue
+        after = next(found)
+        joined = np.concatenate((np.abs(cells.fused - after.fused), cells.fused, after.fused), axis=-1)
+        yield example, Cells(joined, cells.fused_usable & after.fused_usable)
+
+
+def evaluate(model: Model, train: Examples, test: Examples, options: Options) -> dict[str, float]:
+    """Scores on ``test`` of what is fitted on ``train``.
+
+    Raises:
+      ValueError: k nearest neighbours of several classes an image, or nothing usable to train on.
+    """
+    if train.kind == MULTI_LABEL and options.protocol == KNN:
+        raise ValueError(f"--protocol: {KNN} gives one class an image; wanted {LINEAR} for {MULTI_LABEL}")
+    if train.kind in (SCENE, MULTI_LABEL):
+        return _images(model, train, test, options)
+    confusion = _maps(model, train, test, options)
+    if train.kind == CHANGE:
+        return scores.change_scores(confusion)
+    found = confusion.scores(left_out=options.left_out)
+    each = {f"iou/{name}": float(iou) for name, iou in zip(train.classes, found.iou) if np.isfinite(iou)}
+    return {"miou": found.miou, "mf1": found.mf1, "accuracy": found.accuracy, **each}
+
+
+# ---- one target an image
+
+
+def image_feature(cells: Cells) -> Float[np.ndarray, " D"]:
+    """The mean over usable cells, over all where none is."""
+    usable = cells.usable if cells.usable.any() else np.ones_like(cells.usable)
+    return cells.features[usable].mean(axis=0)
+
+
+def _images(model: Model, train: Examples, test: Examples, options: Options) -> dict[str, float]:
+    parts = []
+    for examples in (train, test):
+        pairs = [(image_feature(c), e.target) for e, c in encode(model, examples, batch_size=options.batch_size)]
+        features, targets = zip(*pairs)
+        parts += [np.stack(features), np.stack(targets)]
+    x, y, test_x, test_y = parts
+    if train.kind == MULTI_LABEL:
+        return scores.multi_label_scores(test_y, linear.fit_multi_label(x, y, seed=options.seed)(test_x))
+    count = len(train.classes)
+    if options.protocol == KNN:
+        return scores.scene_scores(test_y, neighbours.predict(x, y, test_x, num_classes=count))
+    found = linear.fit(x, y, np.arange(len(y)), num_classes=count, seed=options.seed)(test_x)
+    return scores.scene_scores(test_y, found.argmax(1), found)
+
+
+# ---- maps
+
+
+def cell_targets(target: UInt8[np.ndarray, "H W"], cells: int, *, num_classes: int) -> UInt8[np.ndarray, "P P"]:
+    """The commonest class among each cell's labelled pixels, IGNORED where less than half of them carry one.
+
+    Of equally common ones the lowest. A target coarser than cells gives each cell its pixel.
+    """
+    side = len(target)
+    if side < cells:
+        return target.repeat(cells // side, 0).repeat(cells // side, 1)
+    per_cell = side // cells
+    blocks = target.reshape(cells, per_cell, cells, per_cell)
+    counts = np.stack([(blocks == i).sum(axis=(1, 3)) for i in range(num_classes)], axis=-1)
+    enough = counts.sum(-1) >= MIN_LABELLED_SHARE * per_cell**2
+    return np.where(enough, counts.argmax(-1), IGNORED).astype(np.uint8)
+
+
+def enlarge(grid: Float[np.ndarray, "P P K"], side: int) -> Float[np.ndarray, "{side} {side} K"]:
+    """``grid`` bilinearly on ``side`` pixels, edges held; where there are fewer than cells, the mean of theirs."""
+    weights = _weights(len(grid), side)
+    return np.einsum("ip,jq,pqk->ijk", weights, weights, grid, optimize=True)
+
+
+def _weights(num: int, side: int) -> Float[np.ndarray, "{side} {num}"]:
+    if side < num:
+        return np.kron(np.eye(side), np.full((1, num // side), side / num))
+    place = np.clip((np.arange(side) + 0.5) * num / side - 0.5, 0, num - 1)
+    low = np.minimum(place.astype(int), max(num - 2, 0))
+    weights = np.zeros((side, num))
+    weights[np.arange(side), low] = 1 - (place - low)
+    weights[np.arange(side), np.minimum(low + 1, num - 1)] += place - low
+    return weights
+
+
+def _maps(model: Model, train: Examples, test: Examples, options: Options) -> scores.Confusion:
+    count = len(train.classes)
+    x, y, groups = _training_cells(model, train, options)
+    if options.protocol == KNN:
+        one_hot = np.eye(count)
+        predict = lambda rows: one_hot[neighbours.predict(x, y, rows, num_classes=count)]  # noqa: E731
+    else:
+        predict = linear.fit(x, y, groups, num_classes=count, seed=options.seed, by_class=True)
+    confusion = scores.Confusion(count)
+    for example, cells in encode(model, test, batch_size=options.batch_size):
+        grid = predict(cells.features.reshape(-1, cells.features.shape[-1])).reshape(*cells.usable.shape, count)
+        confusion.add(example.target, enlarge(grid, len(example.target)).argmax(-1))
+    return confusion
+
+
+def _training_cells(
+    model: Model, train: Examples, options: Options
+) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """Usable cells with a class: features, classes, and which image each lies in."""
+    each, rng = -(-options.max_cells // len(train)), np.random.default_rng(options.seed)
+    features, targets, groups, images = [], [], [], {}
+    for example, cells in encode(model, train, batch_size=options.batch_size):
+        wanted = cell_targets(example.target, len(cells.usable), num_classes=len(train.classes))
+        rows = np.flatnonzero((wanted != IGNORED) & cells.usable)
+        rows = np.sort(rng.choice(rows, each, replace=False)) if len(rows) > each else rows
+        features.append(cells.features.reshape(-1, cells.features.shape[-1])[rows])
+        targets.append(wanted.ravel()[rows].astype(np.int64))
+        groups.append(np.full(len(rows), images.setdefault(example.image, len(images))))
+    found = np.concatenate(targets)
+    if not len(found):
+        raise ValueError(
+            f"--dataset: no cell to train on: none is usable and labelled on {MIN_LABELLED_SHARE:.0%} of its pixels"
+        )
+    return np.concatenate(features), found, np.concatenate(groups)

@@ -1,0 +1,102 @@
+"""The linear protocol: scikit-learn's logistic regression on standardised features, its penalty chosen on a part.
+
+Next: frozen.py, which gives the features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # grid of LogisticRegression's C
+DEFAULT = 0.1  # where nothing can be held out
+_HELD_OUT_SHARE = 0.25
+_NEVER = -1e9  # the score of a class that nothing was trained on; finite, since maps interpolate scores
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+def _fit(x: np.ndarray, y: np.ndarray, inverse_penalty: float) -> Any:
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=2000, tol=1e-4))
+    with threadpool_limits(1):  # threads of so small products wait for each other
+        return classifier.fit(x.astype(np.float64), y)
+
+
+def _held_out(groups: Int[np.ndarray, " N"], seed: int) -> Bool[np.ndarray, " N"]:
+    """A quarter of the groups (images), drawn; none of a single one."""
+    known = np.unique(groups)
+    drawn = np.random.default_rng(seed).permutation(known)[: int(_HELD_OUT_SHARE * len(known))]
+    return np.isin(groups, drawn)
+
+
+def fit(
+    x: Float[np.ndarray, "N D"],
+    y: Int[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    *,
+    num_classes: int,
+    seed: int,
+    by_class: bool = False,
+) -> Scorer:
+    """A function from features to the scores of all classes, fitted on ``x`` and ``y``.
+
+    The penalty is the one that does best on a quarter of ``groups`` when fitted on the others: by accuracy, or by the
+    mean IoU of classes; then all is fitted on.
+
+    Raises:
+      ValueError: one class only.
+    """
+    if len(np.unique(y)) < 2:
+        raise ValueError(f"--dataset: all that is trained on has class {int(y[0])}; wanted two classes or more")
+    held = _held_out(groups, seed)
+    choice = DEFAULT
+    if held.any() and len(np.unique(y[~held])) > 1:
+        judge = (lambda a, b: jaccard_score(a, b, average="macro", labels=np.unique(a))) if by_class else accuracy_score
+        tried = {c: judge(y[held], _fit(x[~held], y[~held], c).predict(x[held])) for c in INVERSE_PENALTIES}
+        choice = max(tried, key=tried.get)
+    return _scorer(_fit(x, y, choice), num_classes)
+
+
+def _scorer(fitted: Any, num_classes: int) -> Scorer:
+    """Scores of all classes, of a classifier that knows some: differences of two are log odds."""
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        some = fitted.decision_function(rows.astype(np.float64))
+        some = np.stack((np.zeros_like(some), some), axis=-1) if some.ndim == 1 else some
+        out = np.full((len(rows), num_classes), _NEVER)
+        out[:, fitted.classes_] = some
+        return out
+
+    return scores
+
+
+def fit_multi_label(x: Float[np.ndarray, "N D"], y: Bool[np.ndarray, "N K"], *, seed: int) -> Scorer:
+    """The same for several classes an image: one classifier a class, one penalty for all, by micro mAP."""
+    held = _held_out(np.arange(len(y)), seed)
+    choice = DEFAULT
+    if held.any() and y[held].any():
+        tried = {}
+        for penalty in INVERSE_PENALTIES:
+            found = _each(x[~held], y[~held], penalty)(x[held])
+            tried[penalty] = average_precision_score(y[held], found, average="micro")
+        choice = max(tried, key=tried.get)
+    return _each(x, y, choice)
+
+
+def _each(x: np.ndarray, y: np.ndarray, penalty: float) -> Scorer:
+    """Of a class that all have, or none, the score is the same for every image."""
+    fitted = [_fit(x, column, penalty) if 0 < column.sum() < len(column) else None for column in y.T]
+    same = [0.0 if column.any() else _NEVER for column in y.T]
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        rows = rows.astype(np.float64)
+        columns = [np.full(len(rows), s) if f is None else f.decision_function(rows) for f, s in zip(fitted, same)]
+        return np.stack(columns, axis=1)
+
+    return scores

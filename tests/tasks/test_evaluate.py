@@ -1,0 +1,192 @@
+"""The command from a model and a folder to a table and a file; everything wrong is said before an image is encoded."""
+
+import dataclasses
+import json
+import pathlib
+
+import made_folders
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from skysense_jax.data import scenes
+from skysense_jax.data.records import ShardWriter, encode_sample
+from skysense_jax.eval.__main__ import main
+from skysense_jax.modalities import MODALITIES
+from skysense_jax.tasks import evaluate, frozen
+from skysense_jax.tasks.cards import CARDS
+from skysense_jax.tasks.evaluate import Request
+
+_FEW_CLASSES = {name: dataclasses.replace(CARDS[name], num_classes=0) for name in ("aid", "resisc45", "fmow_s2")}
+
+
+@pytest.fixture
+def _few_classes(monkeypatch):
+    """Cards that do not count the classes."""
+    monkeypatch.setattr(evaluate, "CARDS", {**CARDS, **_FEW_CLASSES})
+
+
+def _records(folder: pathlib.Path, *, splits=("train", "test"), each=4) -> pathlib.Path:
+    """Scenes with label maps, of which the index says that odd ones are wet and every third is dark too."""
+    folder.mkdir()
+    rows, index = [MODALITIES[name] for name in ("s2", "s1")], []
+    for part, split in enumerate(splits):
+        with ShardWriter(folder / f"{split}-00000-of-00001.array_record") as writer:
+            for i in range(each):
+                drawn = scenes.render(100 * part + i, seed=2, extent_cells=6, modalities=("s2", "s1"), complete=True)
+                sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}")
+                writer.write(encode_sample(sample, rows))
+                names = ["wet" if i % 2 else "dry"] + ["dark"] * (i % 3 == 0)
+                shard = f"{split}-00000-of-00001"
+                index.append(dict(id=sample.id, shard=shard, record=i, scene_classes=names))
+    pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
+    (folder / "modalities.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
+    return folder
+
+
+def test_command_on_maps_of_two_sensors_prints_and_writes_what_it_found(model_dir, tmp_path, capsys):
+    folder = made_folders.own_maps(tmp_path / "mine")
+    for protocol in ("linear", "knn"):
+        main([f"--model={model_dir}", f"--dataset={folder}", f"--protocol={protocol}", f"--out={tmp_path / 'out'}"])
+    text = capsys.readouterr().out
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").iterdir())]
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
+        "mine-segmentation-knn-s2_s1-train0.67-label1-seed0.json",
+        "mine-segmentation-linear-s2_s1-train0.67-label1-seed0.json",
+    ]
+    for result in results:
+        assert result["model"]["name"] == "task at step 4, exported"
+        assert result["modalities"] == ["s2", "s1"]
+        assert (result["num_train"], result["num_test"]) == (2, 1)
+        assert result["published"][0]["note"] == "published by others, fine-tuned on the whole protocol; not run here"
+        scores = result["scores"]
+        assert 0 <= scores["miou"] <= scores["accuracy"] <= 1
+        assert f"miou                         {100 * scores['miou']:7.2f} %" in text
+    assert results[1]["scores"]["miou"] > 0.3  # random weights keep what differs as plainly as this
+    assert "dataset   mine, segmentation, 3 classes; 2 to train on, 1 to test on" in text
+    assert "published by others, fine-tuned on the whole protocol; not run here:\n  Someone" in text
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_records_with_label_maps_or_scene_classes(model_dir, tmp_path):
+    folder = _records(tmp_path / "records")
+    common = dict(model=str(model_dir), protocol="linear")
+    maps = evaluate.evaluate(Request(dataset=str(folder), task="segmentation", **common))
+    assert maps["dataset"]["classes"][:2] == ["water", "wetland"]
+    assert (maps["num_train"], maps["num_test"], maps["train_share"]) == (4, 4, None)
+    assert 0 < maps["scores"]["accuracy"] <= 1
+    several = evaluate.evaluate(
+        Request(dataset=f"bigearthnet:{folder}", label_share=0.75, modalities=("s2", "s1"), **common)
+    )
+    assert several["dataset"]["classes"] == ["dark", "dry", "wet"]
+    assert several["task"] == "multi_label"
+    assert several["num_train"] == 3
+    assert set(several["scores"]) == {"map_micro", "map_macro"}
+    assert several["published"][-1]["value"] == 93.78
+    with pytest.raises(ValueError, match="'train/0' has several classes; wanted --task=multi_label"):
+        evaluate.evaluate(Request(dataset=str(folder), task="scene", **common))
+
+
+@pytest.mark.usefixtures("_few_classes", "loaded_once")
+def test_scenes_and_change_of_pictures(model_dir, tmp_path):
+    made_folders.class_folders(tmp_path / "aid", each=5)
+    request = Request(model=str(model_dir), dataset=f"aid:{tmp_path / 'aid'}", train_share=0.6, label_share=0.34)
+    found = evaluate.evaluate(request)
+    assert (found["num_train"], found["num_test"], found["task"]) == (2, 4, "scene")
+    assert found["scores"] == {"accuracy": 1.0}  # two flat colours
+    assert found == evaluate.evaluate(request)
+    made_folders.levir(tmp_path / "levir", side=60)
+    found = evaluate.evaluate(
+        Request(model=str(model_dir), dataset=f"levir_cd:{tmp_path / 'levir'}", protocol="linear")
+    )
+    assert set(found["scores"]) == {"f1", "iou", "precision", "recall", "accuracy"}
+
+
+@pytest.fixture
+def _nothing_is_encoded(monkeypatch):
+    def encode(*args, **kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(frozen, "encode", encode)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One of each, read by every wrong request."""
+    root = tmp_path_factory.mktemp("folders")
+    made_folders.own_maps(root / "mine")
+    made_folders.class_folders(root / "aid")
+    made_folders.oscd(root / "oscd")
+    _records(root / "records", splits=("one",), each=2)
+    (root / "empty").mkdir()
+    (root / "naip").mkdir()
+    card = json.loads((root / "mine/card.json").read_text())
+    card["sources"] = dict(naip=dict(files="x/{name}.tif"))
+    (root / "naip/card.json").write_text(json.dumps(card))
+    bare = _records(root / "bare", splits=("one",), each=1)
+    (bare / "index.parquet").unlink()
+    return root
+
+
+@pytest.mark.usefixtures("_nothing_is_encoded", "without_weights")
+@pytest.mark.parametrize(
+    ("dataset", "changes", "match"),
+    [
+        ("mine", dict(protocol="svm"), "--protocol: got 'svm'; wanted one of knn, linear, finetune"),
+        ("mine", dict(task="scene"), "--task: got scene; the card 'mine' is of segmentation"),
+        ("mine", dict(task="detection"), "--task: got 'detection'; wanted one of"),
+        ("mine", dict(label_share=0.0), "--label_share: got 0; wanted above 0, at most 1"),
+        ("mine", dict(train_share=1.0), "--train_share: got 1; wanted above 0, below 1"),
+        ("mine", dict(batch_size=0), "--batch_size: got 0"),
+        ("mine", dict(gsd_m=0.3), "--gsd_m: got 0.3; the size of mine's pixels is known"),
+        ("aid:aid", dict(gsd_m=2.0), "--gsd_m: got 2; wanted above 0, at most 0.625"),
+        ("mine", dict(modalities=("hr",)), "--modalities: mine has no hr; it has s2, s1"),
+        ("mine", dict(modalities=("naip",)), "the model has never seen .'naip'."),
+        ("naip", {}, "mine has naip, which the model has never seen: it has hr, s2, s1"),
+        ("oscd:oscd", {}, "--l1c_as_s2 takes Level-1C for s2"),
+        ("oscd:oscd", dict(train_share=0.5), "oscd has a split; wanted --label_share"),
+        ("aid:aid", {}, "has 2 classes .beach, farm.; the card 'aid' has 30"),
+        ("aid:empty", {}, "which its card wants"),
+        ("empty", {}, r"empty has neither card\.json nor records; wanted NAME:DIR with a NAME of aid"),
+        ("absent", {}, "absent is no folder"),
+        ("spacenet:aid", {}, "no card 'spacenet'"),
+        ("records", {}, "--task: missing; records do not say theirs"),
+        ("records", dict(task="change"), "records hold no 'change'"),
+        ("bare", dict(task="scene"), "scene_classes is missing; wanted what ingest.from_tfds writes"),
+        ("so2sat:bare", {}, "scene_classes is missing"),
+        ("bigearthnet:records", {}, "knn gives one class an image"),
+        ("so2sat:records", {}, "several classes"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_encoded(folders, dataset, changes, match):
+    name, colon, folder = dataset.rpartition(":")
+    with pytest.raises(ValueError, match=match):
+        evaluate.evaluate(Request(**dict(model="", dataset=f"{name}{colon}{folders / folder}") | changes))
+
+
+@pytest.mark.usefixtures("_nothing_is_encoded")
+def test_command_ends_in_one_line(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"error: --model: .* wanted the workdir of a run"):
+        main([f"--model={tmp_path}", f"--dataset={folders / 'mine'}"])
+    assert capsys.readouterr().out == ""
+
+
+def test_file_names_of_different_results_differ():
+    base = dict(
+        dataset=dict(card="a b"),
+        task="scene",
+        protocol="knn",
+        modalities=["hr"],
+        train_share=0.2,
+        label_share=1.0,
+        seed=0,
+    )
+    assert evaluate.file_name(base) == "a_b-scene-knn-hr-train0.2-label1-seed0.json"
+    others = [
+        dict(train_share=0.5),
+        dict(label_share=0.1),
+        dict(seed=1),
+        dict(modalities=["s2"]),
+        dict(protocol="linear"),
+    ]
+    assert len({evaluate.file_name(base | other) for other in others} | {evaluate.file_name(base)}) == 6
