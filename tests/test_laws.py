@@ -92,6 +92,7 @@ ALLOWED = {
         "ingest",  # tfds_sets only
         "modalities",
         "models",
+        "optim",
         "photometric",
         "sharding",
         "storage",

@@ -31,8 +31,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_cells", type=int, default=default["max_cells"], help="of maps, to train on")
     parser.add_argument("--batch_size", type=int, default=default["batch_size"], help="windows encoded at a time")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn: splits, shares, held-out parts")
+    parser.add_argument("--tune", action="append", default=[], metavar="FIELD=VALUE", help="of fine-tuning, repeated")
     parser.add_argument("--out", type=pathlib.Path, help="folder for a JSON file of the result")
     given = vars(parser.parse_args(arguments))
+    given["tune"] = tuple(given["tune"])
     given["modalities"] = tuple(name for name in given["modalities"].split(",") if name)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a manager which only reads does not write
     try:

@@ -3,9 +3,8 @@
 Everything that can be wrong is looked for before the first image is encoded. Next: frozen.py, which does the work.
 """
 
+import ast
 import dataclasses
-import importlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -15,7 +14,7 @@ from typing import Any
 
 from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES, Modality
-from skysense_jax.tasks import cards, folders, frozen, recordsets
+from skysense_jax.tasks import cards, finetune, folders, frozen, recordsets
 from skysense_jax.tasks.cards import CARDS, RECORDS, Card
 from skysense_jax.tasks.examples import KINDS, MULTI_LABEL, Examples, check, take_share
 from skysense_jax.tasks.loading import Model, load
@@ -43,6 +42,7 @@ class Request:
     max_cells: int = 20_000
     batch_size: int = 8
     seed: int = 0
+    tune: tuple[str, ...] = ()
     out: pathlib.Path | None = None
 
 
@@ -58,7 +58,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     card, has_split = _adapted(card, request), _has_split(card, place)
     if has_split and request.train_share is not None:
         raise ValueError(f"--train_share: got {request.train_share:g}; {card.name} has a split; wanted --label_share")
-    run_finetune = _finetune() if request.protocol == FINETUNE else None
+    tuning = _tuning(request, card) if request.protocol == FINETUNE else None
     model = load(request.model, modalities=request.modalities or None)
     rows = shared_rows(model, card, place, request)
     model = dataclasses.replace(model, rows=tuple(row for row in model.rows if row in rows.values()))
@@ -71,9 +71,8 @@ def evaluate(request: Request) -> dict[str, Any]:
         request.out.mkdir(parents=True, exist_ok=True)
     train, test = (splits[split] for split in folders.SPLITS)
     train = take_share(train, request.label_share, seed=request.seed)
-    if run_finetune:
-        options = dict(seed=request.seed, batch_size=request.batch_size, left_out=card.left_out)
-        scores = run_finetune(model, train, test, task=card.kind, options=options)
+    if tuning:
+        scores = finetune.finetune(model, train, test, task=card.kind, options=tuning)
     else:
         options = frozen.Options(
             protocol=request.protocol,
@@ -94,6 +93,8 @@ def _check_flags(request: Request) -> None:
         raise ValueError(f"--protocol: got {request.protocol!r}; wanted one of {', '.join(PROTOCOLS)}")
     if request.task is not None and request.task not in KINDS:
         raise ValueError(f"--task: got {request.task!r}; wanted one of {', '.join(KINDS)}")
+    if request.tune and request.protocol != FINETUNE:
+        raise ValueError(f"--tune: got {request.tune[0]!r} with --protocol={request.protocol}; wanted {FINETUNE}")
     for flag in ("label_share", "train_share"):
         share, all_too = getattr(request, flag), flag == "label_share"
         if share is not None and not (0 < share < 1 or (all_too and share == 1)):
@@ -191,12 +192,22 @@ def _open_first(examples: Examples, model: Model) -> None:
             raise ValueError(f"--dataset: {first.id!r} has none of {', '.join(row.name for row in model.rows)}")
 
 
-def _finetune() -> Any:
-    """The function of ``tasks.finetune``, looked up by name since it need not be there."""
-    name = "skysense_jax.tasks.finetune"
-    if importlib.util.find_spec(name) is None:
-        raise ValueError(f"--protocol: {FINETUNE} is not in this version; wanted one of {', '.join(frozen.PROTOCOLS)}")
-    return importlib.import_module(name).finetune
+def _tuning(request: Request, card: Card) -> finetune.Options:
+    """What ``--tune`` says of fine-tuning; raises ValueError for what is no field of ``finetune.Options``."""
+    known = {field.name for field in dataclasses.fields(finetune.Options)} - {"left_out", "seed"}
+    found = dict(left_out=card.left_out, seed=request.seed)
+    for entry in request.tune:
+        name, equals, text = entry.partition("=")
+        if name not in known or not equals:
+            raise ValueError(f"--tune: got {entry!r}; wanted FIELD=VALUE with a FIELD of {', '.join(sorted(known))}")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    try:
+        return finetune.Options(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--tune: {error}") from error
 
 
 def _result(

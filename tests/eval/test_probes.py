@@ -159,6 +159,8 @@ def test_probe_raw_bands_on_scenes_splits_them_and_scores_every_task(monkeypatch
     scores = probes.probe_raw_bands(rows, probes.held_out_scenes(rows, **which), num_dates=dict(s2=2, s1=1))
     assert drawn == list(range(70, 76))
     tasks = {"osm", "crop_type", "roof_material", "forest_type"}
-    assert set(scores) == {f"{task}/{name}" for task in tasks for name in ("miou", "accuracy", "knn_miou", "knn_accuracy")}
+    assert set(scores) == {
+        f"{task}/{name}" for task in tasks for name in ("miou", "accuracy", "knn_miou", "knn_accuracy")
+    }
     assert 0 < scores["osm/accuracy"] <= 1
     assert 0 < scores["osm/knn_accuracy"] <= 1

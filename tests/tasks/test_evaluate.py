@@ -68,6 +68,17 @@ def test_command_on_maps_of_two_sensors_prints_and_writes_what_it_found(model_di
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_command_fine_tunes_with_what_it_is_told(model_dir, tmp_path, capsys):
+    folder = made_folders.own_maps(tmp_path / "mine")
+    tune = [f"--tune={entry}" for entry in ("num_steps=2", "batch_size=2", "decoder_width=8", "freeze=True")]
+    main([f"--model={model_dir}", f"--dataset={folder}", "--protocol=finetune", f"--out={tmp_path / 'out'}", *tune])
+    assert "protocol  finetune, seed 0" in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "out").iterdir())
+    assert result["protocol"] == "finetune"
+    assert 0 <= result["scores"]["miou"] <= result["scores"]["accuracy"] <= 1
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_records_with_label_maps_or_scene_classes(model_dir, tmp_path):
     folder = _records(tmp_path / "records")
     common = dict(model=str(model_dir), protocol="linear")
@@ -132,6 +143,17 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     ("dataset", "changes", "match"),
     [
+        ("mine", dict(tune=("num_steps=3",)), "--tune: got 'num_steps=3' with --protocol=knn; wanted finetune"),
+        (
+            "mine",
+            dict(protocol="finetune", tune=("steps=3",)),
+            "--tune: got 'steps=3'; wanted FIELD=VALUE",
+        ),
+        (
+            "mine",
+            dict(protocol="finetune", tune=("num_steps=0",)),
+            "--tune: options.num_steps: got 0; wanted 1",
+        ),
         ("mine", dict(protocol="svm"), "--protocol: got 'svm'; wanted one of knn, linear, finetune"),
         ("mine", dict(task="scene"), "--task: got scene; the card 'mine' is of segmentation"),
         ("mine", dict(task="detection"), "--task: got 'detection'; wanted one of"),
