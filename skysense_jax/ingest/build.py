@@ -147,7 +147,10 @@ def _digest(manifest: epath.Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Nothing; the command line."""
-    parser = argparse.ArgumentParser(description="Samples of a manifest as ArrayRecord files.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Samples of a manifest as ArrayRecord files.",
+    )
     parser.add_argument("--manifest", required=True, help="folder that ingest.plan wrote; also gs://bucket/name")
     parser.add_argument("--out", required=True, help="folder for the samples, also in a bucket; the same one goes on")
     parser.add_argument("--places_per_shard", type=int, default=64)

@@ -64,6 +64,8 @@ def table(counts: Counts, modalities: Sequence[Modality]) -> str:
         lines.append(f"{split:12} {counts.samples[split]:8} {dates} {counts.labelled[split]:8}")
     whats = counts.rejected
     lines.append("rejected: " + (", ".join(f"{whats[what]} {what}s" for what in sorted(whats)) or "nothing"))
+    if absent := [name for name in names if not counts.having[name]]:
+        lines.append(f"no sample has {', '.join(absent)}; rejected.jsonl says what was left out, and why")
     return "\n".join(lines)
 
 
@@ -86,7 +88,7 @@ def text(
         f"- acquired from {_day(days[0])} to {_day(days[1])}" if days else "- no acquisition has a day",
         f"- {counts.rejected.total()} files, dates and places came to nothing: `rejected.jsonl` says why",
         "",
-        "| row | unit | samples | dates | hidden | pixel |",
+        "| row | unit | samples | dates | under cloud | pixel |",
         "|---|---|---|---|---|---|",
     ]
     for name in (name for name in named if counts.having[name]):

@@ -119,7 +119,7 @@ def _summary(dataset: Dataset, survey: Survey) -> str:
         ]
         for name, of in survey.rows.items()
     ]
-    head = ["row", "pixel", "samples", "dates", "hidden", "unit"]
+    head = ["row", "pixel", "samples", "dates", "under cloud", "unit"]
     return element("p", text) + table("What samples have", head, rows, classes=["", *["number"] * 4, "words"])
 
 

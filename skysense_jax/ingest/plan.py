@@ -27,7 +27,7 @@ from skysense_jax.ingest.acquisitions import Acquisition, Rejected
 from skysense_jax.ingest.manifest import ACQUISITIONS, LABELS, PLACES, REJECTED, SOURCES
 from skysense_jax.ingest.places import Place
 from skysense_jax.ingest.rasters import Refused
-from skysense_jax.modalities import MODALITIES
+from skysense_jax.modalities import METRES_PER_CELL, MODALITIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,12 @@ def plan(
             of_source, refused = sources.find(source, listed.rows)
             found += of_source
             rejected += refused
+    has = sorted({acquisition.modality for acquisition in found})
+    if absent := [name for name in choice.require if name not in has]:
+        told = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected)
+        raise ValueError(
+            f"--require: no source gives {', '.join(absent)}; they give {', '.join(has) or 'nothing'}\n{told}"
+        )
     chosen = _choose(found, area, choice)
     used = {row for place in chosen for row in place.acquisitions}
     names = Counter(found[row].source for row in used)
@@ -86,7 +92,11 @@ def plan(
             rejected.append(Rejected("source", source.name, "none of its files meets a place that was chosen"))
     if not chosen:
         reasons = "\n".join(f"  {entry.name}: {entry.reason}" for entry in rejected)
-        raise ValueError(f"no place is left of {len(found)} acquisitions; rejected:\n{reasons}")
+        side = choice.cells * METRES_PER_CELL
+        raise ValueError(
+            f"no place is left of {len(found)} acquisitions: imagery must reach the middle of a place, which has "
+            f"{side:g} m a side (--cells={choice.cells}); rejected:\n{reasons}"
+        )
     unfinished = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
@@ -94,7 +104,8 @@ def plan(
         places.write(chosen, unfinished / PLACES)
         coverages, refused = _write_labels(maps, legends, chosen, unfinished / LABELS)
         rejected += refused
-        rejected += _elsewhere(labels.LabelMaps(unfinished / LABELS, coverages), chosen, coverages)
+        elsewhere = _elsewhere(labels.LabelMaps(unfinished / LABELS, coverages), chosen, coverages)
+        rejected += elsewhere
         facts = {
             "sources": [_facts(source) for source in listed.sources],
             "modalities": [dataclasses.asdict(row) for row in listed.rows if row.name not in MODALITIES],
@@ -108,7 +119,10 @@ def plan(
         os.replace(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _table(listed.sources, found, used, chosen, rejected)
+    unused = {entry.name for entry in elsewhere}
+    of_maps = [(coverage.source.partition("/")[0], coverage.source not in unused) for coverage in coverages]
+    of_images = [(acquisition.source, row in used) for row, acquisition in enumerate(found)]
+    return _table(listed.sources, Counter([*of_images, *of_maps]), chosen, rejected)
 
 
 def _facts(source: sources.Source) -> dict[str, str]:
@@ -200,11 +214,12 @@ def _classes(chosen: Sequence[Place], path: pathlib.Path) -> dict[str, int]:
     return found
 
 
-def _table(listed, found, used, chosen, rejected) -> str:
+def _table(listed, counts: Counter[tuple[str, bool]], chosen, rejected) -> str:
+    """``counts``: of acquisitions and maps, by source and whether a place has them."""
     lines = [f"{'source':24} {'kind':8} {'found':>7} {'used':>7}"]
     for source in listed:
-        rows = [row for row, acquisition in enumerate(found) if acquisition.source == source.name]
-        lines.append(f"{source.name:24} {source.kind:8} {len(rows):7} {sum(row in used for row in rows):7}")
+        used = counts[source.name, True]
+        lines.append(f"{source.name:24} {source.kind:8} {used + counts[source.name, False]:7} {used:7}")
     splits = Counter(place.split for place in chosen)
     lines.append(f"places: {splits[places.TRAIN]} to train on, {splits[places.VALIDATION]} held out")
     lines += [f"rejected {entry.what} {entry.name}: {entry.reason}" for entry in rejected]
@@ -236,7 +251,10 @@ def read_area(text: str, *, flag: str = "--area") -> shapely.Geometry:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Nothing; the command line."""
-    parser = argparse.ArgumentParser(description="Places that become samples, from a list of sources.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Places that become samples, from a list of sources.",
+    )
     parser.add_argument("--sources", type=pathlib.Path, required=True, help="TOML, see ingest/sources.py")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the manifest")
     parser.add_argument("--area", help="west,south,east,north in degrees, or GeoJSON, WKT or .poly; without: all")

@@ -317,6 +317,30 @@ def test_bad_list_is_refused_with_source_and_field(archive, capsys, change, told
     assert not (archive / "never").exists()
 
 
+def test_plan_tells_what_it_found_and_used_maps_too(archive, tmp_path, capsys):
+    command = ["--sources", str(archive / "list.toml"), "--out", str(tmp_path / "m"), "--cells", str(CELLS)]
+    plan.main([*command, "--require", "s2"])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert found == [
+        ["aerial", "image", "4", "4"],
+        ["sentinel-2", "s2_safe", "2", "2"],
+        ["sentinel-1", "s1", "1", "1"],
+        ["map", "osm", "1", "1"],
+    ]
+
+
+def test_row_that_must_be_there_and_that_no_source_has_is_named(archive, tmp_path, capsys):
+    first, *_, last = (archive / "list.toml").read_text().split("[[source]]")
+    (archive / "short.toml").write_text("[[source]]".join([first, *_[:1], last]))
+    command = ["--sources", str(archive / "short.toml"), "--out", str(tmp_path / "m"), "--cells", str(CELLS)]
+    with pytest.raises(SystemExit):
+        plan.main([*command, "--require", "hr,s2"])
+    assert "--require: no source gives s2; they give hr" in capsys.readouterr().err
+    plan.main(command)
+    _build(tmp_path / "m", tmp_path / "out")
+    assert "no sample has s2, s1; rejected.jsonl says what was left out" in capsys.readouterr().out
+
+
 def test_area_is_a_box_or_a_file_and_in_degrees(tmp_path):
     assert plan.read_area("9,48,10,49").bounds == (9, 48, 10, 49)
     (tmp_path / "a.geojson").write_text(json.dumps(shapely.geometry.mapping(shapely.box(1, 2, 3, 4))))
