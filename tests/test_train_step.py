@@ -208,7 +208,7 @@ def test_nonfinite_gradient_skips_the_update_and_counts(sharded, element):
 
 
 def test_absent_modality_equals_one_that_was_never_there(sharded, element):
-    run, params = sharded.run, jax.device_get(sharded.fresh.student)
+    run, params = sharded.run, jax.tree.map(jnp.asarray, jax.device_get(sharded.fresh.student))
     batch = Batch.from_dict(jax.tree.map(jnp.asarray, element))
     views = batch.global_views
 
