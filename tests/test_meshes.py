@@ -9,6 +9,7 @@ from skysense_jax import sharding, train
 
 # (data, fsdp, tensor, expert), then (microbatches, logits)
 LAYOUTS = [
+    ((8, 1, 1, 1), (1, 1)),
     ((2, 4, 1, 1), (2, 2)),
     ((1, 1, 2, 4), (2, 1)),
     ((1, 2, 2, 2), (1, 2)),

@@ -86,12 +86,21 @@ def score(targets: Int[np.ndarray, " N"], predictions: Int[np.ndarray, " N"]) ->
     return Scores(float((hits[in_targets] / union[in_targets]).mean()), float(hits.sum() / table.sum()))
 
 
-def _fit(features: np.ndarray, targets: np.ndarray, inverse_penalty: float) -> Any:
-    classifier = LogisticRegression(C=inverse_penalty, max_iter=2000, tol=1e-3)
-    with threadpool_limits(
-        1
-    ):  # ten times as fast on a busy machine: threads of such small products wait for each other
+def fit_logistic(
+    features: Float[np.ndarray, "N D"],
+    targets: Int[np.ndarray, " N"] | Bool[np.ndarray, " N"],
+    inverse_penalty: float,
+    *,
+    tolerance: float,
+) -> Any:
+    """scikit-learn's logistic regression on standardised features, fitted."""
+    classifier = LogisticRegression(C=inverse_penalty, max_iter=2000, tol=tolerance)
+    # ten times as fast on a busy machine: threads of such small products wait for each other
+    with threadpool_limits(1):
         return make_pipeline(StandardScaler(), classifier).fit(features.astype(np.float64), targets)
+
+
+_fit = functools.partial(fit_logistic, tolerance=1e-3)
 
 
 def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:

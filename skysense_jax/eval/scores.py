@@ -5,7 +5,7 @@ all pixels together, not means over images. Everything is a share of 1. Next: ne
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
@@ -94,6 +94,15 @@ class Confusion:
         entering = (wanted > 0) & ~np.isin(np.arange(len(hits)), list(left_out))
         mean = lambda x: float(x[entering].mean()) if entering.any() else float("nan")  # noqa: E731
         return MapScores(iou, f1, mean(iou), mean(f1), accuracy)
+
+
+def segmentation_scores(
+    confusion: Confusion, classes: Sequence[str], *, left_out: Collection[int] = ()
+) -> dict[str, float]:
+    """mIoU, mF1, the share of pixels right, and "iou/CLASS" of each class that targets have."""
+    found = confusion.scores(left_out=left_out)
+    each = {f"iou/{name}": float(iou) for name, iou in zip(classes, found.iou, strict=True) if np.isfinite(iou)}
+    return {"miou": found.miou, "mf1": found.mf1, "accuracy": found.accuracy, **each}
 
 
 def change_scores(confusion: Confusion) -> dict[str, float]:

@@ -8,7 +8,7 @@ Next: decoders.py, layer_rates.py, windows.py, forward.py, sliding.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -311,9 +311,7 @@ def evaluate(result: Result, examples: Examples) -> dict[str, float]:
                 confusion.add(target[first : first + len(strip)], said)
         if examples.kind == CHANGE:
             return scores.change_scores(confusion)
-        found = confusion.scores(left_out=result.options.left_out)
-        each = {f"iou/{name}": float(iou) for name, iou in zip(examples.classes, found.iou) if np.isfinite(iou)}
-        return {"miou": found.miou, "mf1": found.mf1, "accuracy": found.accuracy, **each}
+        return scores.segmentation_scores(confusion, examples.classes, left_out=result.options.left_out)
     targets, found = np.stack([example.target for example in examples]), _sample_logits(result, examples)
     if examples.kind == MULTI_LABEL:
         return scores.multi_label_scores(targets, found)
@@ -322,17 +320,12 @@ def evaluate(result: Result, examples: Examples) -> dict[str, float]:
 
 
 def finetune(
-    model: Model, train: Examples, test: Examples, *, task: str, options: Options | Mapping[str, Any] = Options()
+    model: Model, train: Examples, test: Examples, *, task: str, options: Options = Options()
 ) -> dict[str, float]:
     """Scores on ``test``, by the names of eval/scores.py, of the network fine-tuned on ``train``.
 
     ``task`` is the kind of the examples: "scene" and "multi_label" put a linear head on the mean over cells,
-    "segmentation" and "change" UPerNet on the maps of the stages, or a small decoder on fused features. ``options``
-    may be a mapping of those fields that are not to be the default. Raises as ``tune``.
+    "segmentation" and "change" UPerNet on the maps of the stages, or a small decoder on fused features. Raises as
+    ``tune``.
     """
-    if not isinstance(options, Options):
-        known = [field.name for field in dataclasses.fields(Options)]
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"options: got {', '.join(unknown)}; wanted some of {', '.join(known)}")
-        options = Options(**options)
     return evaluate(tune(model, train, test, task=task, options=options), test)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from skysense_jax.data.sample import SampleReader
-from skysense_jax.eval import neighbours, scores
+from skysense_jax.eval import neighbours, probes, scores
 from skysense_jax.eval.features import sample_features
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.tasks import linear
@@ -20,7 +20,6 @@ from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, Example, Exa
 from skysense_jax.tasks.loading import Model
 
 KNN, LINEAR = PROTOCOLS = ("knn", "linear")
-MIN_LABELLED_SHARE = 0.5  # of a cell's pixels, for it to be trained on [our choice]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +85,7 @@ def evaluate(model: Model, train: Examples, test: Examples, options: Options) ->
     confusion = _maps(model, train, test, options)
     if train.kind == CHANGE:
         return scores.change_scores(confusion)
-    found = confusion.scores(left_out=options.left_out)
-    each = {f"iou/{name}": float(iou) for name, iou in zip(train.classes, found.iou) if np.isfinite(iou)}
-    return {"miou": found.miou, "mf1": found.mf1, "accuracy": found.accuracy, **each}
+    return scores.segmentation_scores(confusion, train.classes, left_out=options.left_out)
 
 
 # ---- one target an image
@@ -119,19 +116,16 @@ def _images(model: Model, train: Examples, test: Examples, options: Options) -> 
 # ---- maps
 
 
-def cell_targets(target: UInt8[np.ndarray, "H W"], cells: int, *, num_classes: int) -> UInt8[np.ndarray, "P P"]:
+def cell_targets(target: UInt8[np.ndarray, "H W"], cells: int) -> UInt8[np.ndarray, "P P"]:
     """The commonest class among each cell's labelled pixels, IGNORED where less than half of them carry one.
 
     Of equally common ones the lowest. A target coarser than cells gives each cell its pixel.
     """
-    side = len(target)
-    if side < cells:
-        return target.repeat(cells // side, 0).repeat(cells // side, 1)
-    per_cell = side // cells
-    blocks = target.reshape(cells, per_cell, cells, per_cell)
-    counts = np.stack([(blocks == i).sum(axis=(1, 3)) for i in range(num_classes)], axis=-1)
-    enough = counts.sum(-1) >= MIN_LABELLED_SHARE * per_cell**2
-    return np.where(enough, counts.argmax(-1), IGNORED).astype(np.uint8)
+    times = max(1, cells // len(target))
+    ids = np.where(target == IGNORED, 0, target.astype(np.int64) + 1)  # as the probes have them: 0 for none
+    ids = ids.repeat(times, 0).repeat(times, 1)
+    found = probes.cell_targets(ids, extent_cells=cells, min_share=probes.MIN_LABELLED_SHARE)
+    return np.where(found == 0, IGNORED, found - 1).astype(np.uint8)
 
 
 def enlarge(grid: Float[np.ndarray, "P P K"], side: int) -> Float[np.ndarray, "{side} {side} K"]:
@@ -173,7 +167,7 @@ def _training_cells(
     each, rng = -(-options.max_cells // len(train)), np.random.default_rng(options.seed)
     features, targets, groups, images = [], [], [], {}
     for example, cells in encode(model, train, batch_size=options.batch_size):
-        wanted = cell_targets(example.target, len(cells.usable), num_classes=len(train.classes))
+        wanted = cell_targets(example.target, len(cells.usable))
         rows = np.flatnonzero((wanted != IGNORED) & cells.usable)
         rows = np.sort(rng.choice(rows, each, replace=False)) if len(rows) > each else rows
         features.append(cells.features.reshape(-1, cells.features.shape[-1])[rows])
@@ -182,6 +176,7 @@ def _training_cells(
     found = np.concatenate(targets)
     if not len(found):
         raise ValueError(
-            f"--dataset: no cell to train on: none is usable and labelled on {MIN_LABELLED_SHARE:.0%} of its pixels"
+            "--dataset: no cell to train on: none is usable and labelled on "
+            f"{probes.MIN_LABELLED_SHARE:.0%} of its pixels"
         )
     return np.concatenate(features), found, np.concatenate(groups)

@@ -76,19 +76,18 @@ def make_optimizer(
     fusion_depth: int,
     layer_decay: float,
 ) -> optax.GradientTransformation:
-    """AdamW (betas 0.9, 0.999) of these parameters: clipped by global norm, decay by name, rate by layer."""
+    """AdamW (betas 0.9, 0.999) of these parameters as a run has it, and the rate by layer."""
     scales = layer_scales(params, depths=depths, fusion_depth=fusion_depth, decay=layer_decay)
 
     def by_layer(updates, _):
         return jax.tree_util.tree_map_with_path(lambda path, x: x * jnp.asarray(scales[path_string(path)]), updates)
 
-    def decaying(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: optim.decays(path_string(path)), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.add_decayed_weights(weight_decay, mask=decaying),
-        optax.stateless(by_layer),
-        optax.scale_by_learning_rate(learning_rate),
+    plain = optim.make_optimizer(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        beta1=0.9,
+        beta2=0.999,
+        clip_norm=clip_norm,
+        prototype_freeze_steps=0,
     )
+    return optax.chain(plain, optax.stateless(by_layer))

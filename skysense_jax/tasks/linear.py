@@ -3,16 +3,15 @@
 Next: frozen.py, which gives the features.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+
+from skysense_jax.eval.probes import fit_logistic
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # grid of LogisticRegression's C
 DEFAULT = 0.1  # where nothing can be held out
@@ -22,10 +21,7 @@ _NEVER = -1e9  # the score of a class that nothing was trained on; finite, since
 Scorer = Callable[[np.ndarray], np.ndarray]
 
 
-def _fit(x: np.ndarray, y: np.ndarray, inverse_penalty: float) -> Any:
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=2000, tol=1e-4))
-    with threadpool_limits(1):  # threads of so small products wait for each other
-        return classifier.fit(x.astype(np.float64), y)
+_fit = functools.partial(fit_logistic, tolerance=1e-4)
 
 
 def _held_out(groups: Int[np.ndarray, " N"], seed: int) -> Bool[np.ndarray, " N"]:

@@ -4,6 +4,7 @@ An element holds the fields of eval.features.WholeSample with a leading axis of 
 detection, and "target". Next: forward.py, which computes on stacked elements.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,12 +89,14 @@ def training_batches(
     ``window``: the other arguments of ``read_window`` but its place. What is drawn for the n-th window depends on the
     seed and n alone.
     """
+    order_of = functools.lru_cache(maxsize=2)(
+        lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(len(examples))
+    )
     for step in range(num_steps):
         elements = []
         for number in range(step * batch_size, (step + 1) * batch_size):
             epoch, within = divmod(number, len(examples))
-            order = np.random.default_rng((seed, 0, epoch)).permutation(len(examples))
-            example, rng = examples[int(order[within])], np.random.default_rng((seed, 1, number))
+            example, rng = examples[int(order_of(epoch)[within])], np.random.default_rng((seed, 1, number))
             free = max(example.before.extent_cells - window["cells"], 0)
             place = (int(rng.integers(free + 1)), int(rng.integers(free + 1)))
             element = read_window(example, rows, kind=examples.kind, place=place, **window)

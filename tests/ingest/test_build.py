@@ -173,6 +173,22 @@ def test_card_says_what_is_in_it(dataset):
         assert wanted in text, text
 
 
+def test_what_a_library_raises_costs_its_place_alone(manifest, dataset, tmp_path, monkeypatch):
+    first = _index(dataset)[0]["id"]
+    draw = build.LabelMaps.draw
+
+    def damaged(maps, square):
+        if f"{square.crs.to_epsg()}_{square.west:.0f}_{square.north:.0f}" == first:
+            raise KeyError("a column that is not there")
+        return draw(maps, square)
+
+    monkeypatch.setattr(build.LabelMaps, "draw", damaged)
+    _build(manifest, tmp_path / "out")
+    assert [row["id"] for row in _index(tmp_path / "out")] == [row["id"] for row in _index(dataset)[1:]]
+    told = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert dict(what="place", name=first, reason="KeyError: 'a column that is not there'") in told
+
+
 def test_one_process_and_two_write_the_same_bytes(manifest, dataset, tmp_path):
     _build(manifest, tmp_path / "again")
     assert _files(tmp_path / "again") == _files(dataset)

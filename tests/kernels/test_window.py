@@ -30,15 +30,23 @@ def _case(rows, columns, width, *, batch=2, images=1, share=0.7, seed=0):
     return x, valid
 
 
-def _run(block, params, x, valid, upstream):
-    """Output, and gradients of parameters and tokens; nothing comes from above to invalid tokens."""
+def _run(block, params, *cases):
+    """Output, and gradients of parameters and tokens, of each case; nothing comes from above to invalid tokens."""
 
-    def loss(params, x):
+    def loss(params, x, valid, upstream):
         out = block.apply(params, x, valid=valid).astype(jnp.float32)
         return (out * upstream * valid[..., None]).sum(), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-    return {"out": jnp.where(valid[..., None], out, 0), **dict(jax.tree_util.tree_leaves_with_path(gradients))}
+    step, found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)), []
+    for x, valid, upstream in cases:
+        (_, out), gradients = step(params, x, valid, upstream)
+        out = jnp.where(valid[..., None], out, 0)
+        found.append({"out": out, **dict(jax.tree_util.tree_leaves_with_path(gradients))})
+    return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+
+def _upstream(x, seed=2):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=x.shape), jnp.float32)
 
 
 def _both(kernel, *, rows, columns, share=0.7, images=1, **sizes):
@@ -46,8 +54,7 @@ def _both(kernel, *, rows, columns, share=0.7, images=1, **sizes):
     fused, _ = _block(f"{kernel} interpreted", **sizes)
     x, valid = _case(rows, columns, width, images=images, share=share)
     params = jax.jit(plain.init)(jax.random.key(1), x, valid=valid)
-    upstream = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
-    return [_run(block, params, x, valid, upstream) for block in (plain, fused)]
+    return [_run(block, params, (x, valid, _upstream(x))) for block in (plain, fused)]
 
 
 KERNELS = pytest.mark.parametrize("kernel", ["mosaic", "triton"])
@@ -72,8 +79,13 @@ def test_block_with_the_kernel_equals_the_plain_one_in_values_and_gradients(kern
 
 @KERNELS
 def test_bfloat16_kernel_is_as_near_to_fp32_as_the_plain_one(kernel):
-    exact, _ = _both(kernel, rows=24, columns=32)
-    plain, fused = _both(kernel, rows=24, columns=32, dtype=jnp.bfloat16)
+    """Over three draws: a vector's gradient has 96 numbers, and the tenth largest error of so few is chance."""
+    whole, width = _block("xla")
+    half = dict(dtype=jnp.bfloat16)
+    cases = [(*case, _upstream(case[0], 2 + seed)) for seed in range(3) for case in [_case(24, 32, width, seed=seed)]]
+    params = jax.jit(whole.init)(jax.random.key(1), cases[0][0], valid=cases[0][1])
+    blocks = whole, _block("xla", **half)[0], _block(f"{kernel} interpreted", **half)[0]
+    exact, plain, fused = (_run(block, params, *cases) for block in blocks)
     assert_as_near(fused, plain, exact)
 
 
@@ -82,11 +94,10 @@ def test_kernel_on_a_mesh_equals_one_device(kernel):
     fused, width = _block(f"{kernel} interpreted")
     x, valid = _case(16, 16, width, batch=8)
     params = jax.jit(fused.init)(jax.random.key(1), x, valid=valid)
-    upstream = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
-    alone = _run(fused, params, x, valid, upstream)
+    alone = _run(fused, params, (x, valid, _upstream(x)))
     mesh = make_mesh(2, 2, 1, 2)
     with jax.set_mesh(mesh):
-        spread = _run(fused, params, x, valid, upstream)
+        spread = _run(fused, params, (x, valid, _upstream(x)))
     assert_near(spread, alone)
 
 
