@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -98,9 +99,12 @@ def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.
 
 
 class Probe:
-    """Scores of a variant, with the network compiled once for all of them."""
+    """Scores of a variant, with the network compiled once for all of them.
 
-    def __init__(self, config: ConfigDict):
+    ``reads``: names of the modalities that it is shown, if not all that the config has.
+    """
+
+    def __init__(self, config: ConfigDict, *, reads: Sequence[str] = ()):
         self._rows = modalities.select(config.data.modalities, config.data.new_modalities)
         self._model = skysense.build(self._rows, **config.model, **assembly.efficiency(config))
         self._shapes = dry_run.batch_shapes(
@@ -110,6 +114,7 @@ class Probe:
             views=dict(config.data.views),
         )
         self._mesh = sharding.make_mesh(**config.mesh)
+        self._reads = tuple(row for row in self._rows if row.name in reads or not reads)
         self._num_dates, self._cells = dict(config.data.num_dates), config.data.views.global_cells
         self._batch_size = config.eval.batch_size
         place = {key: config.data.scenes[key] for key in ("seed", "extent_cells")}
@@ -136,7 +141,7 @@ class Probe:
         return probes.probe_scenes(
             self._model,
             params,
-            self._rows,
+            self._reads,
             self._held_out,
             cells=self._cells,
             num_dates=self._num_dates,

@@ -110,6 +110,7 @@ def _model() -> dict:
     return dict(
         compute_dtype="bfloat16",  # of matmuls and activations; parameters and reductions stay fp32
         backbone=dict(
+            shared=True,  # by all modalities [P]; False: a backbone for each, to compare; export does not know it
             width=128,  # C of stage 1; doubles at each stage
             depths=(2, 2, 18, 2),  # blocks per stage [D: Swin-H]
             head_width=32,  # [P]
@@ -120,6 +121,7 @@ def _model() -> dict:
             drop_path=0.2,  # at the last block, linear from 0 [D]
             layer_scale_init=1e-5,  # global blocks, as DINOv2
             num_moe_blocks=0,  # last blocks whose MLP is a mixture of experts; 6 in *_moe [P]
+            moe_from="end",  # "start": the first blocks of stages 3 and 4, to compare; export does not know it
             num_experts=8,  # [P]
             experts_per_token=1,  # [P]
             capacity_factor=1.25,  # training only; evaluation never drops [D]
@@ -146,6 +148,7 @@ def _objective() -> dict:
             balance=0.01,  # Switch load balancing
             router_z=0.001,  # ST-MoE router z-loss
             koleo=0.0,  # DINOv2's spread regulariser on image features; off
+            distil=0.0,  # features of a trained run, objective.distil
         ),
         mgcl=dict(  # the three weights are relative: divided by their sum; mean over modalities and fused [D]
             pixel_weight=1.0,
@@ -154,6 +157,14 @@ def _objective() -> dict:
             num_positions=64,  # student tokens per view at pixel granularity [D]
             num_clusters=16,  # per teacher view at object granularity [D]
             cluster_iterations=3,  # assignments to clusters, each after the first with new centroids [D]
+        ),
+        distil=dict(  # with weights.distil above 0: another run, frozen, of any size, is learned from [D]
+            teacher="",  # its --workdir; its teacher's weights
+            step=0,  # of its checkpoint; 0: the newest when this run starts
+            distance="cosine",  # of projected features from the frozen ones: "cosine" or "smooth_l1"
+            stage3_weight=1.0,  # of tokens behind stage 3, relative as above
+            stage4_weight=1.0,  # of each modality's final features
+            fused_weight=1.0,  # of the fused features
         ),
         student_temperature=0.1,  # of cosines with prototypes; DINOv2
         teacher_temperature=0.07,  # after the warm-up; DINOv2

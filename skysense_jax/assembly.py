@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import config_layout, cost, dry_run, modalities, norms, optim, train_step
+from skysense_jax import config_layout, cost, distil, dry_run, modalities, norms, optim, train_step
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data.text import load_text_table
@@ -33,8 +33,9 @@ class Run:
       network: of student and teacher alike.
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
-      step: (state, batch) -> (state, metrics), not yet jitted.
-      norms: (boxed parameters, state, batch) -> norms by layer (norms.py), not yet jitted.
+      step: (state, batch, frozen parameters or None) -> (state, metrics), not yet jitted.
+      norms: (boxed parameters, state, batch, frozen parameters or None) -> norms by layer (norms.py), not yet jitted.
+      frozen: the trained run that this one learns from, if it distils one.
     """
 
     modalities: tuple[modalities.Modality, ...]
@@ -44,6 +45,7 @@ class Run:
     schedules: train_step.Schedules
     step: Any
     norms: Any
+    frozen: distil.FrozenTeacher | None = None
 
 
 def efficiency(config: ConfigDict, platform: str | None = None) -> dict[str, Any]:
@@ -88,12 +90,17 @@ def assemble(
     """The parts of a run, from its config; ``platform`` as in ``efficiency``.
 
     ``attention``, ``window_attention``: of the network, instead of what ``efficiency`` says; for comparisons.
+
+    Raises:
+      ValueError: what the config distils cannot teach it.
     """
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     labels = modalities.label_map(config.data.label_classes)
     kernels = {"attention": attention, "window_attention": window_attention}
     kernels = efficiency(config, platform) | {name: kernel for name, kernel in kernels.items() if kernel}
-    network = skysense.build(rows, **config.model, **kernels)
+    frozen = distil.frozen_teacher(config, rows, kernels)
+    widths = None if frozen is None else frozen.widths
+    network = skysense.build(rows, **config.model, **kernels, distil_widths=widths)
     objective = config.objective
     schedules = train_step.Schedules(
         learning_rate=optim.learning_rate_schedule(**{k: config.optim[k] for k in _RATE_FIELDS}),
@@ -124,14 +131,17 @@ def assemble(
             sinkhorn_iterations=objective.sinkhorn_iterations,
             text_table=text_table,
             logit_parts=config.parts.logits,
+            distil=dict(objective.distil),
         ),
         schedules=schedules,
         seed=config.optim.seed,
         photometric_strength=config.data.photometric_strength,
         microbatches=config.parts.microbatches,
+        frozen=None if frozen is None else frozen.network,
     )
     step = train_step.make_train_step(sides, optimizer)
-    return Run(rows, labels, network, optimizer, schedules, step, functools.partial(norms.gradient_norms, sides))
+    looked = functools.partial(norms.gradient_norms, sides)
+    return Run(rows, labels, network, optimizer, schedules, step, looked, frozen)
 
 
 def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:
@@ -144,10 +154,14 @@ def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pi
     )
 
 
-def batch_flops(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> float:
-    """FLOPs of the model in a step over the whole batch, by formula and without recomputation."""
+def batch_flops(
+    config: ConfigDict, rows: tuple[modalities.Modality, ...], frozen: distil.FrozenTeacher | None = None
+) -> float:
+    """FLOPs of the model, and of a ``frozen`` one that it distils, in a step over the whole batch, by formula and
+    without recomputation."""
     teacher_local = config.objective.weights.qsacl > 0
-    return cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
+    flops = cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
+    return flops + (cost.frozen_flops(rows, data=config.data, model=frozen.config.model) if frozen else 0.0)
 
 
 def batch_shapes(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> Batch:

@@ -41,6 +41,7 @@ from skysense_jax.trees import named_leaves
 
 _MARKER = "commit_success.txt"  # Orbax's last file
 _LOOK_EVERY_S, _SHOWS_UP_S = 0.1, 10.0  # for the marker; network file systems may show it late
+DISTIL = "distil"  # of a run's parameters, those that it needs for no longer than it distils
 _UNKNOWN = dict(saved_s=0, score=None)
 # What several devices hold alike each writes a slice of, but no smaller one: every shape that is cut is a program to
 # compile and a copy on every device (mono of the tests on eight virtual ones: 20 s the first time, 4 s with this).
@@ -333,7 +334,8 @@ def restore_params(
     """Parameters (``Restored.state``) of the newest checkpoint that verifies, or of ``step``; nothing else is read.
 
     ``weights`` is "teacher" or "student", ``parts`` names entries of the tree (None: all), ``check_meta`` is as in
-    ``restore_latest``. Shapes without a sharding come to the first device.
+    ``restore_latest``. Shapes without a sharding come to the first device. The layers that a distillation needs beside
+    the network (models/heads.py) are left where they are, unless ``abstract_params`` has them.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another model.
@@ -347,7 +349,10 @@ def restore_params(
             abstract_params if parts is None else {part: abstract_params[part] for part in parts},
         )
         prefixes = (f"{weights}/",) if parts is None else tuple(f"{weights}/{part}/" for part in parts)
-        restored, _ = restore_newest(manager, steps, {weights: abstract}, prefixes=prefixes, check_meta=check_meta)
+        without = () if DISTIL in abstract_params else (f"{weights}/{DISTIL}/",)
+        restored, _ = restore_newest(
+            manager, steps, {weights: abstract}, prefixes=prefixes, without=without, check_meta=check_meta
+        )
         return dataclasses.replace(restored, state=restored.state[weights])
 
 

@@ -37,6 +37,7 @@ __all__ = [
 # What a resumed run must not change: with another value the saved weights would not fit, or would mean something else.
 # ``optim.num_steps`` is not among them: schedules are functions of the step, and training on for longer is common.
 _FIXED_ON_RESUME = ("model", "data.modalities", "data.new_modalities")
+_CAME_LATER = {"model.backbone.shared": "True", "model.backbone.moe_from": "'end'"}  # what runs without them had
 _FREE_ON_RESUME = (  # of the model, but not of its weights
     "model.compute_dtype",
     "model.backbone.drop_path",
@@ -176,7 +177,7 @@ def compare(saved_flat: str, config: ConfigDict) -> Changes:
     saved, now = (dict(line.split(" = ", 1) for line in text.splitlines()) for text in (saved_flat, flat_text(config)))
     refused, allowed = [], []
     for field in sorted({*saved, *now}):
-        before, after = (fields.get(field, "not there") for fields in (saved, now))
+        before, after = saved.get(field, _CAME_LATER.get(field, "not there")), now.get(field, "not there")
         if before != after:
             fixed = _is_under(field, _FIXED_ON_RESUME) and field not in _FREE_ON_RESUME
             (refused if fixed else allowed).append(f"config.{field}: {before} -> {after}")

@@ -1,7 +1,8 @@
 """What a config may hold: each field's type and range (``_RULES``), and what fields owe each other (``validate``).
 
 Every field stands in ``configs/base.py``; all that is wrong is said at once, before anything is compiled.
-A part of the room ``config.py``, which is what entry points import; config_layout.py is another.
+A part of the room ``config.py``, which is what entry points import; config_layout.py and config_objective.py are
+others.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 from configs import base
 from skysense_jax import modalities
 from skysense_jax.config_layout import layout_problems
-from skysense_jax.data import codecs, scenes, text
+from skysense_jax.config_objective import objective_problems
+from skysense_jax.data import codecs, scenes
 from skysense_jax.data.scenes_layout import MAX_EXTENT_CELLS
 
 # A section is handed to functions that ask for a Mapping; it behaves as one and does not say so.
@@ -143,6 +145,8 @@ _RULES: Mapping[str, _Rule] = {
     "model.backbone.mlp_ratio": _POSITIVE,
     "model.backbone.num_prompts": _whole(0),
     "model.backbone.merging": _one_of("averaged", "separate"),
+    "model.backbone.shared": _SWITCH,
+    "model.backbone.moe_from": _one_of("end", "start"),
     "model.*.drop_path": _share(below_one=True),
     "model.backbone.layer_scale_init": _POSITIVE,
     "model.backbone.num_moe_blocks": _whole(0),
@@ -158,6 +162,10 @@ _RULES: Mapping[str, _Rule] = {
     "objective.mgcl.num_clusters": _whole(1),
     "objective.mgcl.cluster_iterations": _whole(1),
     "objective.mgcl.*": _NOT_NEGATIVE,
+    "objective.distil.teacher": _TEXT,
+    "objective.distil.step": _whole(0),
+    "objective.distil.distance": _one_of("cosine", "smooth_l1"),
+    "objective.distil.*": _NOT_NEGATIVE,
     "objective.teacher_temperature_warmup_steps": _whole(0),
     "objective.student_temperature": _POSITIVE,
     "objective.teacher_temperature": _POSITIVE,
@@ -253,11 +261,11 @@ def validate(config: ConfigDict, *, num_devices: int | None = None) -> None:
             _data_problems,
             _view_problems,
             _model_problems,
-            _objective_problems,
             _optim_problems,
             _eval_problems,
         )
         problems = [problem for check in checks for problem in check(config)]
+        problems += objective_problems(config, text_table=resolve_path(config.objective.text_table))
         problems += layout_problems(config, num_devices)
     if problems:
         raise ValueError("\n".join(problems))
@@ -365,22 +373,6 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             f"config.model.backbone.head_width: got {backbone.head_width}; wanted a multiple of 4: the rotary "
             "embedding turns pairs of channels along two axes"
         )
-
-
-def _objective_problems(config: ConfigDict) -> Iterator[str]:
-    objective, weights = config.objective, config.objective.weights
-    terms = ("mgcl", "qsacl", "text_alignment")
-    if not any(weights[term] for term in terms):
-        yield f"config.objective.weights: got 0 for {', '.join(terms)}; wanted at least one above 0"
-    granularities = ("pixel_weight", "object_weight", "image_weight")
-    if weights.mgcl and not any(objective.mgcl[name] for name in granularities):
-        yield f"config.objective.mgcl: got 0 for {', '.join(granularities)}; wanted one above 0, or weights.mgcl = 0"
-    if weights.text_alignment:
-        try:
-            classes = tuple(config.data.label_classes) or modalities.OSM.classes
-            text.load_text_table(resolve_path(objective.text_table), classes, text_dim=config.model.text_dim)
-        except ValueError as error:
-            yield f"{error} (config.objective.weights.text_alignment = 0 needs no table)"
 
 
 def _optim_problems(config: ConfigDict) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 from skysense_jax.modalities import Modality
 
 # Fields of the backbone that change its cost.
-COSTLY = ("width", "depths", "window", "mlp_ratio", "num_prompts", "experts_per_token", "num_moe_blocks")
+COSTLY = ("width", "depths", "window", "mlp_ratio", "num_prompts")
+COSTLY += ("experts_per_token", "num_moe_blocks", "moe_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,12 @@ def backbone_flops(
     num_prompts: int,
     experts_per_token: int = 1,
     num_moe_blocks: int = 0,
+    moe_from: str = "end",
 ) -> float:
     """FLOPs of one image of ``cells`` x ``cells``, forward; MoE blocks at their active experts, without capacity."""
     side = cells * modality.tokens_per_cell
     flops = 2.0 * side**2 * modality.patch**2 * modality.num_bands * width
-    for stage, (depth, moe_depth) in enumerate(zip(depths, moe_depths(depths, num_moe_blocks))):
+    for stage, (depth, moe_depth) in enumerate(zip(depths, moe_depths(depths, num_moe_blocks, moe_from))):
         dim = width * 2**stage
         if stage:
             merged = modality.merges_at[stage - 1]
@@ -66,13 +68,15 @@ def backbone_flops(
     return flops
 
 
-def moe_depths(depths: Sequence[int], num_moe_blocks: int) -> tuple[int, ...]:
-    """How many blocks of each stage are mixtures of experts: the last ``num_moe_blocks`` of all."""
-    counts = []
-    for depth in reversed(depths):
-        counts.append(min(depth, num_moe_blocks))
-        num_moe_blocks -= counts[-1]
-    return tuple(reversed(counts))
+def moe_depths(depths: Sequence[int], num_moe_blocks: int, moe_from: str = "end") -> tuple[int, ...]:
+    """How many blocks of each stage are mixtures of experts: the last ``num_moe_blocks`` of all, or, from the "start",
+    the first of stages 3 and 4."""
+    order = (3, 2, 1, 0) if moe_from == "end" else (2, 3)
+    counts = [0] * len(depths)
+    for stage in order:
+        counts[stage] = min(depths[stage], num_moe_blocks)
+        num_moe_blocks -= counts[stage]
+    return tuple(counts)
 
 
 def view_cost(
@@ -146,6 +150,13 @@ def batch_flops(
         costs["global"], costs["local"], views=data["views"], num_dates=data["num_dates"], teacher_local=teacher_local
     )
     return of_sample * data["batch_size"]
+
+
+def frozen_flops(modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any]) -> float:
+    """FLOPs of a frozen network in a step: forward, the batch's global views; ``model`` is its config's section."""
+    view = view_costs(modalities, data=data, model=model)["global"]
+    images = sum(data["num_dates"][name] * flops for name, flops in view.image_flops.items())
+    return data["batch_size"] * data["views"]["num_global"] * (images + view.fusion_flops)
 
 
 def state_bytes(num_parameters: int) -> int:

@@ -43,12 +43,12 @@ def layer_norms(tree: Any, boxed: Any) -> Norms:
     return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
-def gradient_norms(sides: Sides, boxed: Any, state: TrainState, batch: Batch) -> Mapping[str, Any]:
+def gradient_norms(sides: Sides, boxed: Any, state: TrainState, batch: Batch, frozen: Any = None) -> Mapping[str, Any]:
     """``{"gradient": {term: norms}, "parameters": norms}`` of the student before a step on ``batch``.
 
     Terms are weighted as in the loss, before the gradient is clipped; "loss" is their sum.
     """
-    inputs, _, targets = sides.look(state, batch)
+    inputs, _, targets = sides.look(state, batch, frozen)
     weights = sides.objective.weights
     terms = jax.eval_shape(lambda: student_sums(sides.student(state.student), inputs, targets, sides.objective))
     # without a mixture of experts there is no term of routers, whatever its weight

@@ -101,16 +101,18 @@ def restore_newest(
     abstract: Any,
     *,
     prefixes: tuple[str, ...] | None = None,
+    without: tuple[str, ...] = (),
     check_meta: CheckMeta = accept,
 ) -> tuple[Restored | None, list[int]]:
     """The last of ``steps`` that verifies, and the steps passed over for it.
 
-    ``prefixes``: ``abstract`` is a dict of what stands under these paths of the state, and the rest is not read.
+    ``prefixes``: ``abstract`` is a dict of what stands under these paths of the state, but for what stands under those
+    of ``without``, and the rest is not read.
     """
     failures: dict[int, str] = {}
     for step in reversed(steps):
         try:
-            restored = _restore_step(manager, step, abstract, prefixes=prefixes, check_meta=check_meta)
+            restored = _restore_step(manager, step, abstract, prefixes=prefixes, without=without, check_meta=check_meta)
             return restored, list(failures)
         except DamagedError as error:
             failures[step] = str(error)
@@ -127,6 +129,7 @@ def _restore_step(
     abstract: Any,
     *,
     prefixes: tuple[str, ...] | None,
+    without: tuple[str, ...],
     check_meta: CheckMeta,
 ) -> Restored:
     wanted = named_leaves(abstract)
@@ -136,6 +139,7 @@ def _restore_step(
     check_meta(meta)
     if prefixes is not None:
         saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefixes)}
+    saved = {path: leaf for path, leaf in saved.items() if not path.startswith(without)}
     _check_same_leaves(
         {path: shape for path, (shape, _) in saved.items()},
         {path: shape_text(leaf) for path, leaf in wanted.items()},

@@ -16,18 +16,20 @@ from ml_collections import ConfigDict
 from skysense_jax import checkpoint, storage
 from skysense_jax import config as config_lib
 from skysense_jax.data import pipeline as pipeline_lib
+from skysense_jax.distil import FrozenWeights
 from skysense_jax.launch import facts
 from skysense_jax.monitor import WentWrong
 from skysense_jax.train_state import TrainState
 
 
-def run_facts(config: ConfigDict) -> dict[str, Any]:
-    """What is saved with every checkpoint of what made it: config, code, and the files of its sources."""
+def run_facts(config: ConfigDict, frozen: FrozenWeights | None = None) -> dict[str, Any]:
+    """What is saved with every checkpoint of what made it: config, code, files of its sources, what it distils."""
     sources = (name for name, _ in config.data.sources if name != pipeline_lib.SCENES)
     return dict(
         config=config_lib.flat_text(config),
         code=facts.code_digest(),
         data={name: facts.source_facts(name)["digest"] for name in sources},
+        distilled=None if frozen is None else dict(frozen.facts),
     )
 
 
@@ -35,7 +37,8 @@ def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigD
     """Says what has changed since the checkpoint with ``meta``; ``now``: ``run_facts``.
 
     Raises:
-      ValueError: the model is another, or, unless "data" is ``accepted``, files under the same name are.
+      ValueError: the model is another, or the weights that are distilled, or, unless "data" is ``accepted``, files
+        under the same name are.
     """
     changes = config_lib.compare(meta["config"], config)
     if changes.refused:
@@ -49,6 +52,13 @@ def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigD
     code = meta.get("code", now["code"])  # a checkpoint of export.from_torch has a config only
     if code != now["code"]:
         logging.warning("going on with other code than before: %s -> %s", code, now["code"])
+    distilled = meta.get("distilled", now["distilled"])
+    if distilled != now["distilled"]:
+        raise ValueError(
+            f"config.objective.distil: the run in --workdir learns from {_of_step(distilled)}, this config from "
+            f"{_of_step(now['distilled'])}: another objective. Say config.objective.distil.step and the same teacher, "
+            "or take another --workdir, with --init_from for the weights"
+        )
     for name, digest in now["data"].items():
         if meta.get("data", {}).get(name, digest) == digest:
             continue
@@ -56,6 +66,10 @@ def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigD
         if "data" not in accepted:
             raise ValueError(f"{told}: another order of samples. Bring them back, or say --accept=data to go on")
         logging.warning("%s; going on with --accept=data", told)
+
+
+def _of_step(distilled: dict[str, Any] | None) -> str:
+    return "no other run" if distilled is None else f"step {distilled['step']} of a run ({distilled['digest']})"
 
 
 def first_state(
@@ -95,10 +109,13 @@ def first_state(
             )
 
     try:
-        taken = checkpoint.restore_params(init_from, abstract.teacher, check_meta=check_same_network)
+        network = {part: leaves for part, leaves in abstract.teacher.items() if part != checkpoint.DISTIL}
+        taken = checkpoint.restore_params(init_from, network, check_meta=check_same_network)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--init_from: {str(error).removeprefix('--workdir: ')}") from error
-    state = new().replace(student=taken.state, teacher=jax.tree.map(jnp.copy, taken.state))
+    state = new()
+    copy = jax.tree.map(jnp.copy, taken.state)
+    state = state.replace(student={**state.student, **taken.state}, teacher={**state.teacher, **copy})
     return _told(0, state, f"the teacher of step {taken.step} in {init_from}", config)
 
 

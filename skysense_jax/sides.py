@@ -1,4 +1,4 @@
-"""The student's and the teacher's network as the losses call them, and the inputs that both are given.
+"""The student's and the teachers' networks as the losses call them, and the inputs that all are given.
 
 Next: models/skysense.py (the network), train_step.py (who compares what with what).
 """
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from skysense_jax import photometric
 from skysense_jax.batch import Batch
-from skysense_jax.losses import matching, mgcl
+from skysense_jax.losses import distil, matching, mgcl
 from skysense_jax.modalities import Modality
 from skysense_jax.models.skysense import Features, SkySense, draw_drops
 from skysense_jax.photometric import named_key
@@ -80,14 +80,35 @@ def feature_sets(features: Features) -> dict[str, mgcl.Tokens]:
     return sets
 
 
+def distilled_sets(features: Features) -> distil.Sets:
+    """Tokens by level (losses/distil.py) and set; level "stage3" if ``features`` have it.
+
+    A token behind stage 3 is usable where its cell is.
+    """
+    of_stage4 = feature_sets(features)
+    levels = {"fused": {FUSED: of_stage4.pop(FUSED)}, "stage4": of_stage4}
+    if features.stage3 is not None:
+        levels["stage3"] = {}
+        for name, x in features.stage3.items():
+            per_cell = x.shape[3] // features.usable[name].shape[3]
+            usable = features.usable[name].repeat(per_cell, axis=3).repeat(per_cell, axis=4)
+            levels["stage3"][name] = mgcl.Tokens(
+                rearrange(x, "B V T P Q D -> B V T (P Q) D"), rearrange(usable, "B V T P Q -> B V T (P Q)")
+            )
+    return levels
+
+
 class Side:
-    """The student's or the teacher's network with its parameters, as the losses call it."""
+    """The student's, the teacher's or a frozen network with its parameters, as the losses call it.
 
-    def __init__(self, model: SkySense, params: Any, *, drops: bool):
-        self._model, self._params, self._drops = model, params, drops
+    ``train``: with the routing of training.
+    """
 
-    def encode(self, inputs: Inputs, name: str) -> Features:
-        """Features of the global or local views, with the routing of training."""
+    def __init__(self, model: SkySense, params: Any, *, drops: bool, train: bool = True):
+        self._model, self._params, self._drops, self._train = model, params, drops, train
+
+    def encode(self, inputs: Inputs, name: str, *, return_stage3: bool = False) -> Features:
+        """Features of the global or local views."""
         images = inputs.global_images if name == "global" else inputs.local_images
         views = inputs.batch.global_views if name == "global" else inputs.batch.local_views
         drop_draws = inputs.drops[0 if name == "global" else 1] if self._drops else None
@@ -97,8 +118,9 @@ class Side:
             views,
             present=inputs.batch.present,
             day_of_year=inputs.batch.day_of_year,
-            train=True,
+            train=self._train,
             drop_draws=drop_draws,
+            return_stage3=return_stage3,
             method="encode",
         )
 
@@ -118,6 +140,10 @@ class Side:
     def describe(self, fused: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows X"], Float[Array, ""]]:
         """Cell features in the text encoder's space, and the scale of their similarities."""
         return self._call("describe", fused)
+
+    def distilled(self, level: str, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+        """Features of a level of ``distilled_sets`` at the frozen network's width."""
+        return self._call("distilled", level, x)
 
     def _call(self, method: str, *args):
         return self._model.apply({"params": self._params}, *args, method=method)

@@ -85,7 +85,8 @@ def train(
         boxed = boxed_state(run.network, run.optimizer, shapes)
         if whole := sharding.undivided(boxed.student, mesh):
             logging.warning("config.mesh does not divide %d parameters, whole on every device: %s", len(whole), whole)
-        meta, abstract, source = resume.run_facts(config), abstract_state(boxed, mesh), iter(pipeline)
+        frozen = None if run.frozen is None else run.frozen.restore(mesh)
+        meta, abstract, source = resume.run_facts(config, frozen), abstract_state(boxed, mesh), iter(pipeline)
         stack.callback(source.close)
         kept = {key: config.run[key] for key in ("keep_last", "keep_every_steps", "keep_every_hours", "keep_best")}
         checkpoints = checkpoint.Checkpoints(workdir, every_steps=config.run.checkpoint_every_steps, **kept)
@@ -124,6 +125,8 @@ def train(
 
         # ---- loop
         last_step, step_fn = config.optim.num_steps, jit_step(run.step, boxed, mesh)
+        if frozen is not None:  # an argument, not a constant that the compiler folds into the program
+            step_fn = functools.partial(step_fn, frozen=frozen.params)
         norms_fn = jax.jit(
             functools.partial(run.norms, boxed.student), compiler_options=compiler.options(mesh.local_devices[0])
         )
@@ -144,7 +147,8 @@ def train(
                     dry_run.check_element(element, shapes, num_samples=len(places))
                 if _due(step, config.run.norms_every_steps):
                     with monitor.clock.left_out():
-                        monitor.keep_norms(step, jax.device_get(norms_fn(course.state, batch)))
+                        looked = norms_fn(course.state, batch, None if frozen is None else frozen.params)
+                        monitor.keep_norms(step, jax.device_get(looked))
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
                 stopping = stop is not None and stop.reached(step)
@@ -211,7 +215,7 @@ def _monitor(
         ),
         clock=measure.StepClock(
             batch_size=config.data.batch_size,
-            batch_flops=batch_flops(config, run.modalities),
+            batch_flops=batch_flops(config, run.modalities, run.frozen),
             devices=jax.devices(),
         ),
         spikes=watch.LossSpikes(
@@ -246,6 +250,14 @@ def print_dry_run(config: ConfigDict) -> None:
             teacher_local=config.objective.weights.qsacl > 0,
         )
     )
+    if run.frozen is not None:
+        leaves = jax.tree.leaves(sharding.unbox(run.frozen.boxed()))
+        count, directory = sum(leaf.size for leaf in leaves), run.frozen.directory
+        flops = batch_flops(config, run.modalities, run.frozen) - batch_flops(config, run.modalities)
+        print(
+            f"distilled: {run.frozen.config.name} in {directory}, {count:,} parameters, {4 * count / 2**30:.3g} GiB in "
+            f"fp32 over all devices, {flops / 1e12:.4g} TFLOP a step"
+        )
     print(f"a global batch on the devices: {dry_run.batch_bytes(shapes) / 2**30:.3g} GiB")
     # one sample, in this process: a whole batch, and one more per worker, may not fit a laptop
     few = config.copy_and_resolve_references()

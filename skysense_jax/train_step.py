@@ -1,13 +1,15 @@
 """One training step: the only place where loss terms are weighted and summed.
 
-Order: photometric changes; the teacher's features and targets; the student's loss and gradient; the update, skipped
-when a number is not finite; the teacher's moving average. Microbatches (gradient accumulation) change nothing: the
-teacher sees all of them, then comes one Sinkhorn, then the student sees them, each term divided by its count over the
-whole batch. Next: sides.py (what both networks are asked), losses/ (each term).
+Order: photometric changes; the teacher's features and targets, and those of a frozen network that is distilled; the
+student's loss and gradient; the update, skipped when a number is not finite; the teacher's moving average. Microbatches
+(gradient accumulation) change nothing: the teacher sees all of them, then comes one Sinkhorn, then the student sees
+them, each term divided by its count over the whole batch. Next: sides.py (what both networks are asked), losses/ (each
+term).
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,12 +20,12 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from skysense_jax.batch import Batch
-from skysense_jax.losses import koleo, mgcl, parts, qsacl, text_alignment
+from skysense_jax.losses import distil, koleo, matching, mgcl, parts, qsacl, text_alignment
 from skysense_jax.losses.contrastive import Term, unit
 from skysense_jax.modalities import Modality
 from skysense_jax.models.skysense import SkySense, usable_cells
 from skysense_jax.photometric import named_key
-from skysense_jax.sides import FUSED, Inputs, Side, feature_sets, prepare_inputs
+from skysense_jax.sides import FUSED, Inputs, Side, distilled_sets, feature_sets, prepare_inputs
 from skysense_jax.train_state import TrainState
 
 Metrics = Mapping[str, Float[Array, ""]]
@@ -44,6 +46,7 @@ class Objective:
 
     Attributes:
       logit_parts: parts of a microbatch whose prototype logits stand in memory one after the other.
+      distil: the fields of its section that say how features of a frozen network are compared with.
     """
 
     weights: Mapping[str, float]
@@ -52,11 +55,18 @@ class Objective:
     sinkhorn_iterations: int
     text_table: Any = None
     logit_parts: int = 1
+    distil: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def granularities(self) -> Mapping[str, float]:
         """Weights of the granularities that are on."""
         weights = {name: self.mgcl[f"{name}_weight"] for name in mgcl.GRANULARITIES}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def levels(self) -> Mapping[str, float]:
+        """Weights of the levels that are distilled; none with the term off."""
+        weights = {name: self.distil[f"{name}_weight"] for name in distil.LEVELS if self.weights["distil"] > 0}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
 
@@ -79,10 +89,12 @@ class Seen:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What the student is compared with: per set of features, and for the queries (None with the term off)."""
+    """What the student is compared with: per set of features, for the queries, and of a frozen network (the last two
+    None with their terms off)."""
 
     mgcl: Mapping[str, mgcl.Targets]
     queries: qsacl.QueryTargets | None
+    frozen: distil.Targets | None = None
 
 
 def teacher_sees(teacher: Side, inputs: Inputs, *, objective: Objective) -> Seen:
@@ -124,13 +136,37 @@ def teacher_targets(teacher: Side, seen: Seen, objective: Objective, *, temperat
     return jax.lax.stop_gradient(Targets(of_sets, queries))
 
 
+def frozen_sees(frozen: Side, inputs: Inputs, *, objective: Objective) -> distil.Sets:
+    """The features of a frozen network of some samples' global views, of the levels that are distilled."""
+    sets = distilled_sets(frozen.encode(inputs, "global", return_stage3="stage3" in objective.levels))
+    return {level: sets[level] for level in objective.levels}
+
+
+def distil_targets(sets: distil.Sets, batch: Batch) -> distil.Targets:
+    """What the frozen network says of all samples, and where the student's local views read it."""
+    sampling: dict[str, dict[str, Any]] = {}
+    near, far = batch.global_views, batch.local_views
+    cells = {"teacher_grid": near.labels.shape[2:4], "student_grid": far.labels.shape[2:4]}
+    found = {}  # by tokens along the side of a cell
+    for level, of_level in sets.items():
+        sampling[level] = {}
+        for name, tokens in of_level.items():
+            per_cell = math.isqrt(tokens.usable.shape[3] // math.prod(cells["teacher_grid"]))
+            if per_cell not in found:
+                grids = {key: (rows * per_cell, columns * per_cell) for key, (rows, columns) in cells.items()}
+                found[per_cell] = matching.sample_views(far.affine, near.affine, **grids, tokens_per_cell=per_cell)
+            sampling[level][name] = found[per_cell]
+    return jax.lax.stop_gradient(distil.Targets(distil.standardised(sets), sampling))
+
+
 def student_sums(student: Side, inputs: Inputs, targets: Targets, objective: Objective) -> dict[str, Any]:
     """The loss table of some samples, before anything is divided: each term as (sum, count) under its weight's name.
 
     L_MGCL as one such pair per set and granularity; also what else is logged, and the load of experts. Counts depend
     on masks and the teacher, never on the student's features.
     """
-    features = {name: student.encode(inputs, name) for name in ("global", "local")}
+    behind_stage3 = "stage3" in objective.levels
+    features = {name: student.encode(inputs, name, return_stage3=behind_stage3) for name in ("global", "local")}
     sets = {name: feature_sets(x) for name, x in features.items()}
     weights, sums = objective.weights, {}
     common = dict(temperature=objective.student_temperature, parts=objective.logit_parts)
@@ -165,6 +201,14 @@ def student_sums(student: Side, inputs: Inputs, targets: Targets, objective: Obj
             )
         sums["text_scale"] = Term(scale, jnp.float32(1))
 
+    if weights["distil"] > 0:
+        sums["distil"] = distil.student_terms(
+            [distilled_sets(features[name]) for name in ("global", "local")],
+            targets.frozen,
+            project=student.distilled,
+            distance=objective.distil["distance"],
+        )
+
     if weights["koleo"] > 0:
         fused = sets["global"][FUSED]
         images = mgcl.mean_token(fused.features, fused.usable)[:, :, 0]
@@ -182,6 +226,8 @@ def loss_table(sums: Mapping[str, Any], objective: Objective) -> dict[str, Float
     table = {name: sums[name].mean() for name in objective.weights if isinstance(sums.get(name), Term)}
     if "mgcl" in sums:
         table["mgcl"] = mgcl.combine(sums["mgcl"], weights=objective.granularities).mean()
+    if "distil" in sums:
+        table["distil"] = distil.combine(sums["distil"], weights=objective.levels).mean()
     return table
 
 
@@ -228,6 +274,7 @@ class Sides:
     """Both networks and what they are asked of a batch.
 
     Attributes:
+      frozen: a trained network of another size that the student learns from as well; None: there is none.
       seed: of photometric changes, drop path and positions, with the step's number.
       microbatches: parts of a batch that go through the networks one after the other.
     """
@@ -239,12 +286,14 @@ class Sides:
     seed: int
     photometric_strength: float
     microbatches: int = 1
+    frozen: SkySense | None = None
 
     def student(self, params: Any) -> Side:
         return Side(self.network, params, drops=True)
 
-    def look(self, state: TrainState, batch: Batch) -> tuple[Inputs, Seen, Targets]:
-        """What both networks see of a batch, and what the teacher says of it."""
+    def look(self, state: TrainState, batch: Batch, frozen: Any = None) -> tuple[Inputs, Seen, Targets]:
+        """What both networks see of a batch, and what the teacher says of it, and the network of ``frozen`` parameters
+        if there is one."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
             inputs = prepare_inputs(
@@ -262,21 +311,28 @@ class Sides:
             sees = functools.partial(teacher_sees, teacher, objective=self.objective)
             seen = parts.each(sees, inputs, parts=self.microbatches)
             targets = teacher_targets(teacher, seen, self.objective, temperature=temperature)
+        if self.objective.levels:
+            with jax.named_scope("frozen_teacher"):
+                side = Side(self.frozen, frozen, drops=False, train=False)
+                sees = functools.partial(frozen_sees, side, objective=self.objective)
+                sets = parts.each(sees, inputs, parts=self.microbatches)
+                targets = dataclasses.replace(targets, frozen=distil_targets(sets, batch))
         return inputs, seen, targets
 
 
 def make_train_step(
     sides: Sides, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function (state, batch) -> (state, metrics), to be jitted under ``jax.set_mesh`` with the state donated.
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+    """The function (state, batch, frozen parameters or None) -> (state, metrics), to be jitted under ``jax.set_mesh``
+    with the state donated.
 
     Metrics are fp32 scalars; ``loss`` is the weighted sum of the ``loss/...`` terms. A step whose loss or gradient is
     not finite leaves parameters, teacher and optimizer as they were and counts itself.
     """
     objective, schedules = sides.objective, sides.schedules
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        inputs, seen, targets = sides.look(state, batch)
+    def train_step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        inputs, seen, targets = sides.look(state, batch, frozen)
         with jax.named_scope("student"):
             loss, sums, gradient = student_gradient(
                 sides.student, state.student, inputs, targets, objective, microbatches=sides.microbatches
@@ -322,6 +378,11 @@ def _signals(sums: Mapping[str, Any]) -> dict[str, Any]:
         f"mgcl/{name}_{granularity}": term.mean()
         for name, of_set in sums.get("mgcl", {}).items()
         for granularity, term in of_set.items()
+    }
+    signals |= {
+        f"distil/{level}_{name}": term.mean()
+        for level, of_level in sums.get("distil", {}).items()
+        for name, term in of_level.items()
     }
     signals |= {name: sums[name].mean() for name in ("text_scale", "experts/dropped") if name in sums}
     if "experts/load" in sums:

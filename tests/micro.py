@@ -49,6 +49,17 @@ def mono_config() -> ConfigDict:
     return config
 
 
+def distil_config(teacher) -> ConfigDict:
+    """``mono``, dense and without drop path, that learns from the run in ``teacher`` and from nothing else."""
+    config = mono_config()
+    config.name = "mono_distil"
+    config.model.backbone.update(num_moe_blocks=0, drop_path=0.0)
+    config.model.fusion.update(depth=1, drop_path=0.0)
+    config.objective.weights.update(mgcl=0.0, qsacl=0.0, text_alignment=0.0, koleo=0.0, distil=1.0)
+    config.objective.distil.teacher = str(teacher)
+    return config
+
+
 def mesh_config() -> ConfigDict:
     """``mono`` with four experts, at temperatures at which a loss does not make twenty times of rounding."""
     config = mono_config()
@@ -95,6 +106,7 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             boxed = train_state.boxed_state(self.run.network, self.run.optimizer, self.shapes)
             self.step = jax.jit(self.run.step, out_shardings=(train_state.state_shardings(boxed, self.mesh), None))
+            self.frozen = None if self.run.frozen is None else self.run.frozen.restore(self.mesh).params
 
     @functools.cached_property
     def fresh(self):
@@ -107,7 +119,7 @@ class Compiled:
 
     def __call__(self, state, element):
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self.step(state, feed.to_device(element, self.mesh)))
+            return jax.device_get(self.step(state, feed.to_device(element, self.mesh), self.frozen))
 
     def lowered_text(self, element):
         with jax.set_mesh(self.mesh):

@@ -453,3 +453,7 @@ def test_compare_tells_what_is_refused_from_what_is_allowed(config):
 def test_compare_a_field_that_came_later_is_told(config):
     saved = "".join(f"{line}\n" for line in config_lib.flat_text(config).splitlines() if "num_prompts" not in line)
     assert config_lib.compare(saved, config).refused == ("config.model.backbone.num_prompts: not there -> 4",)
+    saved = "".join(f"{line}\n" for line in config_lib.flat_text(config).splitlines() if "backbone.shared" not in line)
+    assert config_lib.compare(saved, config).refused == ()  # such a run had what is now the default
+    config.model.backbone.shared = False
+    assert config_lib.compare(saved, config).refused == ("config.model.backbone.shared: True -> False",)

@@ -48,7 +48,8 @@ ALLOWED = {
     "monitor": {"data", "measure", "metrics", "watch"},
     "optim": {"trees"},
     "config_layout": {"sharding"},
-    "config_checks": {"config_layout", "modalities", "data"},  # data/text: the table that a config names
+    "config_objective": {"modalities", "data"},  # data/text: the table that a config names
+    "config_checks": {"config_layout", "config_objective", "modalities", "data"},
     "config": {"config_checks"},
     "drawing": {"modalities"},
     "eval": {"batch", "data", "drawing", "metrics", "modalities", "models", "photometric", "sharding"},
@@ -59,6 +60,7 @@ ALLOWED = {
     "train_state": {"batch", "compiler", "models", "sharding"},
     "sides": {"batch", "losses", "modalities", "models", "photometric"},
     "train_step": {"batch", "losses", "modalities", "models", "photometric", "sides", "train_state"},
+    "distil": {"checkpoint", "config", "digests", "dry_run", "modalities", "models", "sharding", "storage"},
     "ingest": {"data", "drawing", "modalities", "storage"},
     "assembly": {
         "batch",
@@ -66,6 +68,7 @@ ALLOWED = {
         "config_layout",
         "cost",
         "data",
+        "distil",
         "dry_run",
         "modalities",
         "models",
@@ -75,7 +78,7 @@ ALLOWED = {
     },
     "norms": {"batch", "sharding", "train_state", "train_step", "trees"},
     "outputs": {"assembly", "batch", "data", "eval", "metrics", "sharding", "train_state"},
-    "resume": {"checkpoint", "config", "data", "launch", "monitor", "storage", "train_state"},
+    "resume": {"checkpoint", "config", "data", "distil", "launch", "monitor", "storage", "train_state"},
     "launch": {"config", "sharding", "storage"},
     "preflight": {"config", "launch", "storage"},
     "targets": {"chips"},
@@ -127,7 +130,8 @@ ONLY_BY = {
     "outputs": {"train"},
     "resume": {"train"},
     "assembly": {"train", "outputs", "export", "plan", "tasks"},
-    "config": {"train", "assembly", "export", "launch", "plan", "preflight", "resume", "tasks"},
+    "distil": {"assembly", "resume"},
+    "config": {"train", "assembly", "distil", "export", "launch", "plan", "preflight", "resume", "tasks"},
     "launch": {"train", "preflight", "resume"},
     "train_step": {"train", "assembly", "norms"},
 }
@@ -136,7 +140,9 @@ CONFIG_READERS = {
     "config.py",
     "config_checks.py",
     "config_layout.py",
+    "config_objective.py",
     "assembly.py",
+    "distil.py",
     "train.py",
     "export/__main__.py",
     "export/from_torch.py",
@@ -267,12 +273,14 @@ def test_no_modality_takes_a_name_that_pytorch_or_the_embedding_needs():
     assert {name for name in taken | flags if not name.startswith("_")} <= RESERVED_NAMES
 
 
+@pytest.mark.parametrize("moe_from", ["end", "start"])
 @pytest.mark.parametrize("num_moe_blocks", range(7))
-def test_network_and_cost_formula_agree_on_which_blocks_are_mixtures(num_moe_blocks):
+def test_network_and_cost_formula_agree_on_which_blocks_are_mixtures(num_moe_blocks, moe_from):
     depths = (1, 2, 4, 2)
-    network = Backbone(modalities=select(("s2",)), width=32, depths=depths, num_moe_blocks=num_moe_blocks)
+    form = dict(num_moe_blocks=num_moe_blocks, moe_from=moe_from)
+    network = Backbone(modalities=select(("s2",)), width=32, depths=depths, **form)
     of_network = tuple(network._segment_depths(stage)[1] for stage in (3, 4))
-    assert (0, 0, *of_network) == cost.moe_depths(depths, num_moe_blocks)
+    assert (0, 0, *of_network) == cost.moe_depths(depths, num_moe_blocks, moe_from)
 
 
 # ---- logical axes: flax replicates an unknown name without a word

@@ -132,6 +132,8 @@ def _global_block(
 
 # ---- the network
 
+_FORM = dict(shared=True, moe_from="end")
+
 
 def weights(
     modalities: Sequence[Modality], *, backbone: Mapping[str, Any], fusion: Mapping[str, Any] | None
@@ -139,7 +141,16 @@ def weights(
     """Every weight of the PyTorch network, and with that every parameter of the backbone (and the fusion, if given).
 
     ``backbone`` and ``fusion`` are the sections of ``config.model``.
+
+    Raises:
+      ValueError: the PyTorch network has no such form.
     """
+    for field, wanted in _FORM.items():
+        if field in backbone and backbone[field] != wanted:  # a run of before the field was has the form that is wanted
+            raise ValueError(
+                f"config.model.backbone.{field}: got {backbone[field]!r}; wanted {wanted!r}: the PyTorch network has "
+                "no form that is there to compare with (benchmarks/study.py)"
+            )
     width, depths = backbone["width"], backbone["depths"]
     for m in modalities:
         name, path = f"patch_embed.{m.name}", f"backbone/tokenizer_{m.name}"

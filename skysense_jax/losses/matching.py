@@ -18,6 +18,7 @@ from skysense_jax.losses.parts import Shared
 
 # A position this far (cells) outside the hull of token centres is on its edge: rounding of turned coordinates.
 _HULL_TOLERANCE = 1e-4
+_HIDDEN_SHARE = 1e-4  # of bilinear weight on unusable teacher tokens that rounding may leave
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +88,43 @@ def sampling_matrix(
     return Sampling(weights, row_inside & column_inside)
 
 
+def sample_views(
+    student_affine: Float[Array, "B V 2 3"],
+    teacher_affine: Float[Array, "B U 2 3"],
+    *,
+    student_grid: tuple[int, int],
+    teacher_grid: tuple[int, int],
+    tokens_per_cell: int = 1,
+) -> Sampling:
+    """How to read all teacher views at the tokens of all student views: [B V U Ns Nt]; grids are (rows, columns).
+
+    ``tokens_per_cell``: along a side of a view's cell, on both grids.
+    """
+    per_token = jnp.asarray([1.0 / tokens_per_cell] * 2 + [1.0])  # of the turn, not of the place
+    student_affine, teacher_affine = student_affine * per_token, teacher_affine * per_token
+    positions = ground_positions(student_affine, rows=student_grid[0], columns=student_grid[1])
+    shape = (len(student_affine), student_affine.shape[1], teacher_affine.shape[1])
+    return sampling_matrix(
+        jnp.broadcast_to(positions[:, :, None], (*shape, *positions.shape[2:])),
+        jnp.broadcast_to(teacher_affine[:, None], (*shape, 2, 3)),
+        rows=teacher_grid[0],
+        columns=teacher_grid[1],
+    )
+
+
+def comparable(
+    sampling: Any, student_usable: Bool[Array, "B V T Ns"], teacher_usable: Bool[Array, "B U T Nt"]
+) -> Bool[Array, "B V U T Ns"]:
+    """Student tokens that are usable and whose ground the teacher sees, by a ``Sampling`` or a ``Match``."""
+    hidden = jnp.einsum(
+        "bvusn,butn->bvuts",
+        sampling.weights,
+        (~teacher_usable).astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return sampling.inside[:, :, :, None] & student_usable[:, :, None] & (hidden < _HIDDEN_SHARE)
+
+
 def view_pairs(num_student: int, num_teacher: int, *, same: bool) -> Bool[np.ndarray, "V U"]:
     """Which student views are compared with which teacher views.
 
@@ -115,14 +153,7 @@ def match_views(
 ) -> Match:
     """How all student views of one shape lie on all teacher views; grids are (rows, columns)."""
     (num_student, num_teacher), num_tokens = (student_affine.shape[1], teacher_affine.shape[1]), np.prod(student_grid)
-    positions = ground_positions(student_affine, rows=student_grid[0], columns=student_grid[1])
-    shape = (len(student_affine), num_student, num_teacher)
-    sampling = sampling_matrix(
-        jnp.broadcast_to(positions[:, :, None], (*shape, *positions.shape[2:])),
-        jnp.broadcast_to(teacher_affine[:, None], (*shape, 2, 3)),
-        rows=teacher_grid[0],
-        columns=teacher_grid[1],
-    )
+    sampling = sample_views(student_affine, teacher_affine, student_grid=student_grid, teacher_grid=teacher_grid)
     drawn = draw_positions(key, num_views=num_student, num_tokens=int(num_tokens), num_positions=num_positions)
     paired = jnp.asarray(view_pairs(num_student, num_teacher, same=same))
     match = Match(sampling.weights, sampling.inside & paired[:, :, None], Shared(paired), Shared(drawn))

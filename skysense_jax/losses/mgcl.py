@@ -41,7 +41,7 @@ from skysense_jax.losses.contrastive import (
     unit,
 )
 from skysense_jax.losses.contrastive import balance as balance_rows
-from skysense_jax.losses.matching import Match
+from skysense_jax.losses.matching import Match, comparable
 from skysense_jax.losses.parts import Shared
 from skysense_jax.losses.parts import total as sum_over_parts
 
@@ -51,7 +51,6 @@ Project = Callable[[str, Any], tuple[Any, Any]]
 
 _CLUSTER_TEMPERATURE = 0.1  # of cosine similarities in the clustering [our choice]
 _CLUSTER_SINKHORN_ITERATIONS = 3
-_HIDDEN_SHARE = 1e-4  # of bilinear weight on unusable teacher tokens that rounding may leave
 
 _einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)  # noqa: E731  # fp32
 
@@ -114,17 +113,17 @@ def teacher_rows(
 ) -> TeacherRows:
     """What the teacher's global views say to each group of student views, before the Sinkhorn."""
     features = jnp.where(teacher.usable[..., None], teacher.features.astype(jnp.float32), 0.0)
-    comparable = [_comparable(match, usable, teacher.usable) for match, usable in zip(matches, student_usable)]
+    compared = [comparable(match, usable, teacher.usable) for match, usable in zip(matches, student_usable)]
     rows, valid, pairs, assignment = {}, {}, {}, ()
     if "pixel" in granularities:
         weights = [_at_drawn(match.weights, match.drawn.value, axis=3) for match in matches]
-        pairs["pixel"] = tuple(_at_drawn(c, m.drawn.value, axis=4) for c, m in zip(comparable, matches))
+        pairs["pixel"] = tuple(_at_drawn(c, m.drawn.value, axis=4) for c, m in zip(compared, matches))
         rows["pixel"] = [_einsum("bvusn,butnd->bvutsd", w, features) for w in weights]
         valid["pixel"] = pairs["pixel"]
     if "object" in granularities:
         clusters = cluster(features, teacher.usable, num_clusters=num_clusters, iterations=cluster_iterations)
         assignment = tuple(
-            _einsum("bvusn,butnc->bvutsc", m.weights, clusters) * c[..., None] for m, c in zip(matches, comparable)
+            _einsum("bvusn,butnc->bvutsc", m.weights, clusters) * c[..., None] for m, c in zip(matches, compared)
         )
         mass = [a.sum(4) for a in assignment]  # B V U T Nc
         pulled = [_einsum("bvutsc,bvusn->bvutcn", a, m.weights) for a, m in zip(assignment, matches)]
@@ -259,12 +258,6 @@ def cluster(
         centroids = unit(_einsum("inc,ind->icd", assignment, x))
         assignment = balanced(_einsum("ind,icd->inc", x, centroids), usable)
     return assignment.reshape(*shape, num_clusters)
-
-
-def _comparable(match, student_usable, teacher_usable) -> Bool[Array, "B V U T Ns"]:
-    """Student tokens that are usable and whose ground the teacher sees."""
-    hidden = _einsum("bvusn,butn->bvuts", match.weights, (~teacher_usable).astype(jnp.float32))
-    return match.inside[:, :, :, None] & student_usable[:, :, None] & (hidden < _HIDDEN_SHARE)
 
 
 def _at_drawn(x, drawn, *, axis):

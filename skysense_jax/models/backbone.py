@@ -74,6 +74,7 @@ class Backbone(nn.Module):
     drop_path: int | float = 0.0
     layer_scale_init: int | float = 1e-5
     num_moe_blocks: int = 0
+    moe_from: str = "end"
     num_experts: int = 8
     experts_per_token: int = 1
     capacity_factor: int | float = 1.25
@@ -87,6 +88,7 @@ class Backbone(nn.Module):
         assert self.merging in ("averaged", "separate"), self.merging  # what a person may ask for: config_checks.py
         assert self.remat in ("none", "matmuls", "blocks"), self.remat
         assert self.width % self.head_width == self.head_width % 4 == 0, (self.width, self.head_width)
+        assert self.moe_from in ("end", "start"), self.moe_from
         assert self.num_moe_blocks <= sum(self.depths[2:]), (self.num_moe_blocks, self.depths)
         dtype, widths = self.compute_dtype, [self.width * 2**stage for stage in range(4)]
         self.tokenizer = {m.name: Tokenizer(m.patch, self.width, dtype) for m in self.modalities}
@@ -130,8 +132,8 @@ class Backbone(nn.Module):
             setattr(self, f"stage{stage}_experts", GlobalBlock(**common, **experts))
 
     def _segment_depths(self, stage: int) -> tuple[int, int]:
-        after = sum(self.depths[stage:])
-        moe_depth = min(max(self.num_moe_blocks - after, 0), self.depths[stage - 1])
+        others = sum(self.depths[stage:] if self.moe_from == "end" else self.depths[2 : stage - 1])  # that come first
+        moe_depth = min(max(self.num_moe_blocks - others, 0), self.depths[stage - 1])
         return self.depths[stage - 1] - moe_depth, moe_depth
 
     def __call__(
@@ -170,11 +172,7 @@ class Backbone(nn.Module):
 
     def _check_images(self, images, token_valid):
         rows = {m.name: m for m in self.modalities}
-        if not images or set(images) != set(token_valid) or not set(images) <= set(rows):
-            raise ValueError(
-                f"config.data.modalities: got images of {sorted(images)} and validity of {sorted(token_valid)}; "
-                f"wanted both of the same, one or more of {sorted(rows)}"
-            )
+        _check_names(images, token_valid, self.modalities)
         for name, x in images.items():
             grid = token_valid[name].shape[2:]
             wanted = (*(side * rows[name].patch for side in grid), rows[name].num_bands)
@@ -205,7 +203,7 @@ class Backbone(nn.Module):
                 x = self._swin_stage(stage, x, valid, of_stage)
             else:
                 x, stats = self._global_stage(stage, owners, cells, x, valid, of_stage, train)
-                router = stats if router is None else _then(router, stats)
+                router = _then(router, stats)
             x = jnp.where(valid[..., None], x, 0)  # so a merge adds nothing of what lies in invalid tokens
             after_stage.append(x)
         return after_stage, valid, router
@@ -242,15 +240,14 @@ class Backbone(nn.Module):
         offsets = np.concatenate((token_offsets((rows, columns), cells), np.zeros((self.num_prompts, 2))))
         turn = rotation(offsets, head_width=self.head_width)
         dense_depth, moe_depth = self._segment_depths(stage)
-        stats = None
-        if dense_depth:
-            of_blocks = _blocks(drop, slice(dense_depth))
-            block = getattr(self, f"stage{stage}")
-            tokens, _ = self._scan(block, dense_depth, tokens, token_valid, turn, of_blocks, train)
-        if moe_depth:
-            of_blocks = _blocks(drop, slice(dense_depth, None))
-            block = getattr(self, f"stage{stage}_experts")
-            tokens, stats = self._scan(block, moe_depth, tokens, token_valid, turn, of_blocks, train)
+        segments = ((f"stage{stage}", dense_depth), (f"stage{stage}_experts", moe_depth))
+        start, stats = 0, None
+        for name, depth in segments if self.moe_from == "end" else reversed(segments):
+            if depth:
+                of_blocks, block = _blocks(drop, slice(start, start + depth)), getattr(self, name)
+                tokens, found = self._scan(block, depth, tokens, token_valid, turn, of_blocks, train)
+                start, stats = start + depth, found if name.endswith("experts") else stats
+        if stats is not None:
             sums = jax.tree.map(lambda leaf: leaf.sum(0), stats)
             stats = sums.replace(load=stats.load)
         return tokens[:, :, : rows * columns].reshape(x.shape), stats
@@ -277,7 +274,63 @@ def _blocks(drop: DropPath | None, which: int | slice) -> DropPath | None:
     return jax.tree.map(lambda leaf: leaf[which], drop)
 
 
-def _then(first: RouterStats, second: RouterStats | None) -> RouterStats:
-    """The statistics of stage 3's mixtures and then stage 4's: loads in a row, the rest summed."""
+def _then(first: RouterStats | None, second: RouterStats | None) -> RouterStats | None:
+    """The statistics of some mixtures and then of others: loads in a row, the rest summed; None: there are none."""
+    if first is None or second is None:
+        return second if first is None else first
     load = jnp.concatenate((first.load, second.load))
     return (first.replace(load=0.0) + second.replace(load=0.0)).replace(load=load)
+
+
+class SeparateBackbones(nn.Module):
+    """A backbone of its own for each modality: what the shared one is compared with. Paths: modality_{m}/...
+
+    Attributes:
+      modalities: as of ``Backbone``.
+      fields: names and values of all other arguments of each ``Backbone``; pairs, since jit hashes a network.
+    """
+
+    modalities: tuple[Modality, ...]
+    fields: tuple[tuple[str, Any], ...]
+
+    def setup(self):
+        self.modality = {m.name: Backbone(modalities=(m,), **dict(self.fields)) for m in self.modalities}
+
+    @property
+    def drop_path(self) -> int | float:
+        return dict(self.fields)["drop_path"]
+
+    @property
+    def depths(self) -> tuple[int, int, int, int]:
+        return dict(self.fields)["depths"]
+
+    def __call__(
+        self,
+        images: Mapping[str, Float[Array, "B _I _H _W _C"]],
+        token_valid: Mapping[str, Bool[Array, "B _I _P _Q"]],
+        *,
+        train: bool,
+        drop_draws: Mapping[str, Float[Array, "B _I branches"]] | None = None,
+        return_stages: bool = False,
+    ) -> BackboneOutput:
+        """As ``Backbone``; the loads of a modality's experts stand behind those of the one before it."""
+        _check_names(images, token_valid, self.modalities)
+        outs, router = [], None
+        for m in self.modalities:
+            if m.name in images:
+                draws = None if drop_draws is None else {m.name: drop_draws[m.name]}
+                given = dict(train=train, drop_draws=draws, return_stages=return_stages)
+                outs.append(self.modality[m.name]({m.name: images[m.name]}, {m.name: token_valid[m.name]}, **given))
+                router = _then(router, outs[-1].router)
+        joined = lambda parts: {name: x for part in parts for name, x in part.items()}  # noqa: E731
+        features, valid = joined(out.features for out in outs), joined(out.valid for out in outs)
+        return BackboneOutput(features, valid, router, joined(out.stages for out in outs) if return_stages else None)
+
+
+def _check_names(images: Mapping[str, Any], token_valid: Mapping[str, Any], modalities: Sequence[Modality]) -> None:
+    known = [m.name for m in modalities]
+    if not images or set(images) != set(token_valid) or not set(images) <= set(known):
+        raise ValueError(
+            f"config.data.modalities: got images of {sorted(images)} and validity of {sorted(token_valid)}; "
+            f"wanted both of the same, one or more of {sorted(known)}"
+        )

@@ -69,3 +69,22 @@ class TextHead(nn.Module):
         clamped = jnp.minimum(log_scale, math.log(_MAX_SCALE))
         # the gradient passes the clamp, or a temperature once too low could never rise again
         return unit(x), jnp.exp(log_scale + jax.lax.stop_gradient(clamped - log_scale))
+
+
+class DistilHead(nn.Module):
+    """Linear layers to the widths of a network that is distilled, one a level of features (losses/distil.py).
+
+    Attributes:
+      widths: name of the level and the other network's width there.
+    """
+
+    widths: tuple[tuple[str, int], ...]
+    compute_dtype: Any = jnp.float32
+
+    def setup(self):
+        for level, width in self.widths:
+            setattr(self, level, Dense(width, compute_dtype=self.compute_dtype))
+
+    def __call__(self, level: str, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+        """``x``, features of ``level``, at the other network's width."""
+        return getattr(self, level)(x)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from skysense_jax.batch import Batch, Views
 from skysense_jax.modalities import Modality
-from skysense_jax.models.backbone import Backbone, RouterStats
+from skysense_jax.models.backbone import Backbone, RouterStats, SeparateBackbones
 from skysense_jax.models.fusion import Fusion
-from skysense_jax.models.heads import ProjectionHead, TextHead
+from skysense_jax.models.heads import DistilHead, ProjectionHead, TextHead
 from skysense_jax.models.queries import QueryDecoder
 
 _FUSED = "fused"  # beside the modalities in what draw_drops returns
@@ -39,6 +39,7 @@ class Features:
       fused: one feature a cell over all modalities and dates.
       fused_usable: where at least one modality and date was usable.
       router: statistics of the mixture of experts, None without one.
+      stage3: per modality and date, if asked for: tokens behind stage 3, up to 2 x 2 a cell.
     """
 
     modality: Mapping[str, Any]  # {m: B V T P Q D}
@@ -46,6 +47,7 @@ class Features:
     fused: Any  # B V P Q D
     fused_usable: Any  # B V P Q bool
     router: RouterStats | None
+    stage3: Mapping[str, Any] | None = None  # {m: B V T P Q D}
 
 
 def usable_cells(views: Views, present: Mapping[str, Bool[Array, "B _T"]]) -> dict[str, Bool[Array, "B V _T P Q"]]:
@@ -59,11 +61,12 @@ def usable_cells(views: Views, present: Mapping[str, Bool[Array, "B _T"]]) -> di
 class SkySense(nn.Module):
     """SkySense V2 (arXiv 2507.13812 sec. 3), all parameters of one side (student or teacher)."""
 
-    backbone: Backbone
+    backbone: Backbone | SeparateBackbones
     fusion: Fusion
     queries: QueryDecoder
     text: TextHead
     head: ProjectionHead  # the form of every projection head
+    distil: DistilHead | None = None  # for the time of a distillation; nothing else asks it
 
     def setup(self):
         self.heads = {name: self.head.clone() for name in HEADS}
@@ -77,6 +80,7 @@ class SkySense(nn.Module):
         day_of_year: Mapping[str, Int[Array, "B _T"]],
         train: bool,
         drop_draws: Mapping[str, Float[Array, "B _I _branches"]] | None = None,
+        return_stage3: bool = False,
     ) -> Features:
         """Features of ``images`` (normalised); ``views`` gives the masks, its own images are not read.
 
@@ -89,6 +93,7 @@ class SkySense(nn.Module):
             {name: flat(x) for name, x in date_valid.items()},
             train=train,
             drop_draws=drop_draws,
+            return_stages=return_stage3,
         )
         num_views = views.affine.shape[1]
         split = lambda x: rearrange(x, "B (V T) ... -> B V T ...", V=num_views)  # noqa: E731
@@ -101,7 +106,8 @@ class SkySense(nn.Module):
             train=train,
             drop_draws=None if drop_draws is None else drop_draws[_FUSED],
         )
-        return Features(features, usable, fused, fused_usable, out.router)
+        stage3 = {name: split(stages[2]) for name, stages in out.stages.items()} if return_stage3 else None
+        return Features(features, usable, fused, fused_usable, out.router, stage3)
 
     def aggregate(self, features: Features) -> Float[Array, "B V R D"]:
         """The semantic queries' features of each view (sec. 3.3)."""
@@ -127,11 +133,16 @@ class SkySense(nn.Module):
         """Cell features in the text encoder's space, of unit length, and one over the learned temperature."""
         return self.text(fused)
 
+    def distilled(self, level: str, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+        """Features of a level at the width of the network that is distilled."""
+        return self.distil(level, x)
+
     def __call__(self, batch: Batch, *, train: bool) -> Features:
         """Features of the local views, having touched every parameter: what ``init`` traces."""
         views = batch.local_views
         images = {name: jnp.asarray(x, jnp.float32) for name, x in views.images.items()}
-        features = self.encode(images, views, present=batch.present, day_of_year=batch.day_of_year, train=train)
+        given = dict(present=batch.present, day_of_year=batch.day_of_year, train=train)
+        features = self.encode(images, views, **given, return_stage3=self.distil is not None)
         for name in HEADS:
             x = (
                 features.fused
@@ -141,6 +152,11 @@ class SkySense(nn.Module):
             self.project(name, x)
         self.aggregate(features)
         self.describe(features.fused)
+        if self.distil is not None:
+            first = next(iter(features.modality))
+            of_level = {"stage3": features.stage3[first], "stage4": features.modality[first], "fused": features.fused}
+            for level, _ in self.distil.widths:
+                self.distilled(level, of_level[level])
         return features
 
 
@@ -172,14 +188,23 @@ def build(
     scan_unroll: int = 1,
     attention: str = "xla",
     window_attention: str = "xla",
+    distil_widths: Mapping[str, int] | None = None,
 ) -> SkySense:
-    """The network of a config's ``model`` and ``efficiency`` sections (``assembly.efficiency``)."""
+    """The network of a config's ``model`` and ``efficiency`` sections (``assembly.efficiency``).
+
+    ``distil_widths``: by level, of a network that this one is to learn from; None: from none.
+    """
     common = dict(compute_dtype=jnp.dtype(compute_dtype))
     scanned = dict(remat=remat, scan_unroll=scan_unroll, attention=attention, **common)
     return SkySense(
-        backbone=Backbone(modalities=modalities, **backbone, window_attention=window_attention, **scanned),
+        backbone=_backbone(modalities, **backbone, window_attention=window_attention, **scanned),
         fusion=Fusion(modalities=tuple(m.name for m in modalities), **fusion, **scanned),
         queries=QueryDecoder(width=fusion["width"], head_width=fusion["head_width"], **queries, **common),
         text=TextHead(text_dim=text_dim, **common),
         head=ProjectionHead(**heads, **common),
+        distil=None if distil_widths is None else DistilHead(tuple(distil_widths.items()), **common),
     )
+
+
+def _backbone(modalities: tuple[Modality, ...], *, shared: bool = True, **fields: Any) -> Backbone | SeparateBackbones:
+    return Backbone(modalities=modalities, **fields) if shared else SeparateBackbones(modalities, tuple(fields.items()))

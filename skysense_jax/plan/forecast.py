@@ -192,7 +192,9 @@ def compile_step(
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
         step = train_state.jit_step(run.step, boxed, mesh)
-        traced = step.trace(train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh))
+        frozen = None if run.frozen is None else run.frozen.abstract(mesh)
+        state, batch = train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh)
+        traced = step.trace(state, batch, frozen)
         stage("traced")
         lowered = traced.lower()
         stage("lowered")

@@ -22,7 +22,7 @@ _PARTS = (
     ("fusion", ("/fusion/",)),
     ("queries", ("/queries/",)),
     ("heads", ("/heads_", "/text/")),
-    ("losses and targets", ("/teacher", "/student")),
+    ("losses and targets", ("/teacher", "/frozen_teacher", "/student")),
     ("inputs", ("/inputs",)),
     ("update and average", ("jit(train_step)",)),
     ("no name", ("",)),
@@ -30,6 +30,7 @@ _PARTS = (
 NAMES = tuple(name for name, _ in _PARTS)
 _PHASES = (
     ("teacher", ("/teacher",)),
+    ("frozen teacher", ("/frozen_teacher",)),
     ("student, recomputed", ("/rematted_computation",)),
     ("student, backward", ("/student/transpose(",)),
     ("student, forward", ("/student",)),

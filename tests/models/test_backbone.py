@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from skysense_jax import sharding
 from skysense_jax.modalities import MODALITIES, Modality
-from skysense_jax.models.backbone import Backbone, group_modalities
+from skysense_jax.models.backbone import Backbone, SeparateBackbones, group_modalities
 from skysense_jax.models.layers import DropPath
 
 ALL = tuple(MODALITIES.values())
@@ -269,3 +269,66 @@ def test_bad_images_are_refused():
         run({"hr": images["hr"][:, :, :-4]}, {"hr": valid["hr"]})
     with pytest.raises(ValueError, match="lidar"):
         run({"lidar": images["s1"]}, {"lidar": valid["s1"]})
+
+
+def _drawn(model, images, valid):
+    """Random parameters of a network, away from their small initial values."""
+    rng = np.random.default_rng(5)
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), images, valid, train=False))
+    draw = lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, sharding.unbox(boxed))
+
+
+def test_backbones_of_their_own_are_one_backbone_for_each_modality():
+    rows = tuple(MODALITIES[name] for name in SENTINEL)
+    fields = {**FIELDS, "num_moe_blocks": 2, "num_experts": 2, "drop_path": 0.3}
+    apart = SeparateBackbones(rows, tuple(fields.items()))
+    images, valid = _inputs()
+    params = _drawn(apart, images, valid)
+    assert set(params["params"]) == {"modality_s1", "modality_s2"}
+    assert (apart.drop_path, apart.depths) == (0.3, FIELDS["depths"])
+    draws = _draws(valid)
+    run = jax.jit(
+        lambda model, params, *of: model.apply(params, *of[:2], train=True, drop_draws=of[2], return_stages=True),
+        static_argnums=0,
+        compiler_options=FAST_COMPILE,
+    )
+    together = run(apart, params, images, valid, draws)
+    loads = []
+    for row in rows:
+        one = lambda tree, name=row.name: {name: tree[name]}  # noqa: E731
+        of_one = {"params": params["params"][f"modality_{row.name}"]}
+        alone = run(Backbone((row,), **fields), of_one, one(images), one(valid), one(draws))
+        np.testing.assert_allclose(together.features[row.name], alone.features[row.name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(together.valid[row.name], alone.valid[row.name])
+        np.testing.assert_allclose(together.stages[row.name][2], alone.stages[row.name][2], rtol=1e-4, atol=1e-5)
+        loads.append(alone.router.load)
+    np.testing.assert_allclose(together.router.load, np.concatenate(loads), rtol=1e-5)
+    with pytest.raises(ValueError, match="wanted both of the same, one or more of"):
+        apart.apply(params, {"hr": images["s2"]}, {"hr": valid["s2"]}, train=False)
+
+
+def test_mixtures_from_the_start_stand_before_the_dense_blocks_of_their_stage():
+    """Stage 3 of a dense block and a mixture: with the dense one switched off, the order is all the same."""
+    depths = (1, 1, 2, 1)
+    of = lambda **more: Backbone(ALL, **{**FIELDS, **MOE, "depths": depths, **more})  # noqa: E731
+    first, last = of(num_moe_blocks=1, moe_from="start"), of(num_moe_blocks=2)
+    images, valid = _inputs()
+    ours, theirs = (_drawn(model, images, valid)["params"] for model in (first, last))
+    assert {"stage3_experts", "stage3", "stage4"} <= set(ours)
+    assert "stage4_experts" not in ours
+    theirs = {**theirs, **{name: leaf for name, leaf in ours.items() if name in theirs}}
+
+    def behind_stage3(switched_off):
+        outs = []
+        for model, params in ((first, ours), (last, theirs)):
+            dense = dict(params["stage3"])
+            if switched_off:
+                dense |= {name: jnp.zeros_like(x) for name, x in dense.items() if name.endswith("layer_scale")}
+            out = _apply(model, {"params": {**params, "stage3": dense}}, images, valid)
+            outs.append(np.concatenate([np.ravel(out.stages[name][2]) for name in SENTINEL]))
+        return outs
+
+    np.testing.assert_allclose(*behind_stage3(True), rtol=1e-5, atol=1e-5)
+    ours_on, theirs_on = behind_stage3(False)
+    assert np.abs(ours_on - theirs_on).max() > 0.01
