@@ -192,11 +192,14 @@ def _optim() -> dict:
 
 
 def _eval() -> dict:
-    """The probes (linear, k nearest neighbours) that close a run; they never feed back into training."""
+    """The probes (linear, k nearest neighbours) on the way and at the end; they never feed back into training."""
     return dict(
-        probe_every_steps=0,  # the teacher is also probed this often, where a checkpoint is made; 0: only at the end
+        probe_every_steps=5000,  # the teacher is probed at the first checkpoint after as many; 0: only at the end
         num_train_scenes=48,  # fitted on
-        num_test_scenes=24,  # scored, the scenes after them; 0: no probe
+        num_test_scenes=24,  # scored, the scenes after them; 0: no probe on scenes
+        # Labelled data to probe on too: (name in metrics, --dataset, --task or "" for its card's) as in
+        # python -m skysense_jax.eval; the best checkpoint is then theirs.
+        datasets=(),
         probe_untrained=False,  # also the network as it was at the start: room for a second state
         first_index=1_000_000,  # held-out procedural scenes, far from those trained on
         batch_size=8,  # windows encoded at a time

@@ -1,8 +1,8 @@
 """What a config may hold: each field's type and range (``_RULES``), and what fields owe each other (``validate``).
 
 Every field stands in ``configs/base.py``; all that is wrong is said at once, before anything is compiled.
-A part of the room ``config.py``, which is what entry points import; config_layout.py and config_objective.py are
-others.
+A part of the room ``config.py``, which is what entry points import; config_eval.py, config_layout.py and
+config_objective.py are others.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from ml_collections import ConfigDict
 
 from configs import base
 from skysense_jax import modalities
+from skysense_jax.config_eval import eval_problems
 from skysense_jax.config_layout import layout_problems
 from skysense_jax.config_objective import objective_problems
-from skysense_jax.data import codecs, scenes
+from skysense_jax.data import codecs
 from skysense_jax.data.scenes_layout import MAX_EXTENT_CELLS
 
 # A section is handed to functions that ask for a Mapping; it behaves as one and does not say so.
 Mapping.register(ConfigDict)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_SHORTEST_HOURS = 0.01  # between checkpoints that are kept for their time, which is known in seconds
 MAX_STRENGTH = 2.5  # of photometric changes: brightness takes up to 0.4 times this away
 # Subtrees whose keys are not fixed: dates per modality.
 _FREE_KEYS = ("data.num_dates",)
@@ -53,6 +53,11 @@ def _is_number(value: Any) -> bool:
 def _whole(low: int, high: int | None = None) -> _Rule:
     wanted = f"an integer of {low} or more" if high is None else f"an integer of {low} to {high}"
     return _Rule(lambda value: _is_int(value) and value >= low and (high is None or value <= high), wanted)
+
+
+def _is_labelled(value: Any) -> bool:
+    texts = isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(text, str) for text in value)
+    return texts and bool(value[0]) and "/" not in value[0] and bool(value[1])
 
 
 def _share(*, below_one: bool = False) -> _Rule:
@@ -93,6 +98,10 @@ _NAMES = _Rule(
 _SOURCES = _Rule(
     lambda value: isinstance(value, tuple | list) and bool(value) and all(map(_is_source, value)),
     'one or more pairs (glob of .array_record files or "scenes", share above 0)',
+)
+_LABELLED = _Rule(
+    lambda value: isinstance(value, tuple | list) and all(map(_is_labelled, value)),
+    "a tuple of (name, dataset, task) in letters, the name without /; task may be empty",
 )
 _MESH_SIZE = _Rule(lambda value: _is_int(value) and (value >= 1 or value == -1), "1 or more, or -1: what is left")
 
@@ -186,6 +195,7 @@ _RULES: Mapping[str, _Rule] = {
     "eval.probe_every_steps": _whole(0),
     "eval.first_index": _whole(0),
     "eval.probe_untrained": _SWITCH,
+    "eval.datasets": _LABELLED,
     "eval.num_train_scenes": _whole(0),
     "eval.num_test_scenes": _whole(0),
     "eval.*": _whole(1),
@@ -262,7 +272,7 @@ def validate(config: ConfigDict, *, num_devices: int | None = None) -> None:
             _view_problems,
             _model_problems,
             _optim_problems,
-            _eval_problems,
+            eval_problems,
         )
         problems = [problem for check in checks for problem in check(config)]
         problems += objective_problems(config, text_table=resolve_path(config.objective.text_table))
@@ -383,30 +393,4 @@ def _optim_problems(config: ConfigDict) -> Iterator[str]:
         yield (
             f"config.optim.final_learning_rate: got {optim.final_learning_rate}; wanted at most learning_rate, "
             f"{optim.learning_rate}"
-        )
-
-
-def _eval_problems(config: ConfigDict) -> Iterator[str]:
-    probed, saved = config.eval.probe_every_steps, config.run.checkpoint_every_steps
-    if probed % saved:
-        yield (
-            f"config.eval.probe_every_steps: got {probed}; wanted a multiple of config.run.checkpoint_every_steps, "
-            f"{saved}, so that what is probed is saved"
-        )
-    if config.run.keep_best and not probed:
-        yield "config.run.keep_best: got True with config.eval.probe_every_steps 0; wanted probes, which tell the best"
-    seen = [name for name in config.data.modalities if name in scenes.MODALITIES]
-    if probed and not (config.eval.num_test_scenes and seen):
-        yield (
-            f"config.eval.probe_every_steps: got {probed} with num_test_scenes {config.eval.num_test_scenes} and the "
-            f"modalities {tuple(config.data.modalities)}; wanted scenes to probe on, which have {scenes.MODALITIES}"
-        )
-    if 0 < config.run.keep_every_hours < _SHORTEST_HOURS:
-        yield (
-            f"config.run.keep_every_hours: got {config.run.keep_every_hours}; wanted 0, or at least {_SHORTEST_HOURS}"
-        )
-    if config.eval.num_test_scenes and not config.eval.num_train_scenes:
-        yield (
-            f"config.eval.num_train_scenes: got 0; wanted at least 1 with num_test_scenes "
-            f"{config.eval.num_test_scenes}, or both 0 for no probe"
         )

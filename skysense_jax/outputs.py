@@ -1,4 +1,4 @@
-"""What a run shows of itself: pictures, and the probes of its teacher on held-out procedural scenes.
+"""What a run shows of itself: pictures, and the probes of its teacher on procedural scenes and on labelled data.
 
 Next: eval/pictures.py, eval/probes.py.
 """
@@ -6,12 +6,14 @@ Next: eval/pictures.py, eval/probes.py.
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from skysense_jax import metrics, sharding
@@ -26,12 +28,35 @@ from skysense_jax.train_state import TrainState, create_state
 _PICTURED = 3  # samples in a picture
 
 
-class Outputs:
-    """What a run of ``config`` shows in ``directory``. Every process calls each method; process 0 writes."""
+@runtime_checkable
+class Labelled(Protocol):
+    """A labelled dataset to probe on (tasks/probing.py)."""
 
-    def __init__(self, config: ConfigDict, run: Run, pipeline: pipeline_lib.Pipeline, directory: pathlib.Path):
+    main: str
+
+    def scores(self, params: Any) -> dict[str, float]: ...
+
+
+class Outputs:
+    """What a run of ``config`` shows in ``directory``. Every process calls each method; process 0 writes.
+
+    Attributes:
+      probe_seconds: spent in probes of the teacher so far.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        run: Run,
+        pipeline: pipeline_lib.Pipeline,
+        directory: pathlib.Path,
+        labelled: Sequence[Labelled] = (),
+    ):
+        """``labelled``: of ``read_labelled``."""
         self._config, self._run, self._pipeline, self._directory = config, run, pipeline, directory
+        self._labelled = labelled
         self._probed: tuple[int, dict[str, float | None]] | None = None  # the last step whose teacher was
+        self.probe_seconds = 0.0
 
     def write_pictures(self, teacher: Any, element: dict[str, Any]) -> None:
         """Writes ``pictures/`` anew. ``teacher``: its parameters; ``element``: any host batch.
@@ -55,11 +80,22 @@ class Outputs:
     def probe(self, step: int, teacher: Any) -> dict[str, float | None]:
         """Scores of the probes of the teacher behind ``step``; logged too.
 
-        None where there is nothing to tell apart. Nothing if the config asks for none, or if procedural scenes have
-        none of the run's modalities.
+        None where there is nothing to tell apart. Of procedural scenes, if the config asks for them and they have any
+        of the run's modalities, and of labelled datasets. The same in every process.
         """
+        began = time.monotonic()
         self._probed = step, self._scores("teacher", teacher)
+        self.probe_seconds += time.monotonic() - began
         return self._probed[1]
+
+    def rank(self, scores: Mapping[str, float | None]) -> float | None:
+        """What tells the best checkpoint: the mean main score of labelled datasets, or else the mean mIoU of scenes.
+
+        None if there was nothing to tell apart.
+        """
+        names = [each.main for each in self._labelled] or [name for name in scores if name.endswith("/miou")]
+        found = [scores[name] for name in names if scores.get(name) is not None]
+        return float(np.mean(found)) if found else None
 
     def write_probe(self, step: int, state: TrainState, mesh: sharding.Mesh) -> None:
         """Writes ``probe.json``: the teacher's scores behind ``step`` and, if asked, those of the untrained network."""
@@ -89,22 +125,39 @@ class Outputs:
         return probes.held_out_scenes(self._run.modalities, **_held_out(self._config), **which)
 
     def _scores(self, name: str, params: Any) -> dict[str, float | None]:
-        rows = self._run.modalities
-        if not self._config.eval.num_test_scenes:
+        rows, found = self._run.modalities, {}
+        if self._config.eval.num_test_scenes and {row.name for row in rows} & set(scenes.MODALITIES):
+            found |= probes.probe_scenes(self._run.network, params, rows, self._probe_scenes, **_encoding(self._config))
+        for each in self._labelled:
+            found |= each.scores(params)
+        if not found:
+            logging.info("no probe: no config.eval.datasets, and this run has none of %s", scenes.MODALITIES)
             return {}
-        if not {row.name for row in rows} & set(scenes.MODALITIES):
-            logging.info("no probe: procedural scenes have %s, this run none of them", scenes.MODALITIES)
-            return {}
-        found = probes.probe_scenes(self._run.network, params, rows, self._probe_scenes, **_encoding(self._config))
+        if jax.process_count() > 1:  # sums may be rounded in another way on another host; the best is one for all
+            found = dict(zip(found, map(float, multihost_utils.broadcast_one_to_all(np.array([*found.values()])))))
         points = "  ".join(f"{key} {100 * value:.1f}" for key, value in found.items())
-        logging.info("probes on held-out scenes, %s: %s", name, points)
+        logging.info("probes, %s: %s", name, points)
         return {key: value if np.isfinite(value) else None for key, value in found.items()}
 
 
-def mean_miou(scores: Mapping[str, float | None]) -> float | None:
-    """One number of a network's scores: over the tasks that had something to tell apart, None if none had."""
-    found = [value for name, value in scores.items() if name.endswith("/miou") and value is not None]
-    return float(np.mean(found)) if found else None
+def read_labelled(config: ConfigDict, run: Run) -> tuple[Labelled, ...]:
+    """The labelled datasets that a run is to be probed on; raises ValueError, which names the field and the entry."""
+    if not config.eval.datasets:
+        return ()
+    from skysense_jax.tasks import probing  # of the extra "ingest"
+    from skysense_jax.tasks.loading import Model
+
+    model = Model(
+        network=run.network,
+        params=None,
+        rows=run.modalities,
+        labels=run.labels,
+        cells=config.data.views.global_cells,
+        num_dates=dict(config.data.num_dates),
+        config=config,
+        name=config.name,
+    )
+    return probing.read(config.eval.datasets, model, batch_size=config.eval.batch_size)
 
 
 def _held_out(config: ConfigDict) -> dict[str, int]:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -78,6 +79,7 @@ def train(
     run, pipeline = assemble(config), make_pipeline(config, places)
     shapes = batch_shapes(config, run.modalities)
     pipeline.check_sources()
+    labelled = outputs.read_labelled(config, run)
     logging.info("%s: %d devices, mesh %s", config.name, jax.device_count(), dict(mesh.shape))
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -115,7 +117,7 @@ def train(
             profiled, files.path, after_step=start, begins=monitor.clock.restart, report=monitor.note
         )
         stack.callback(profiler.close)
-        shown = outputs.Outputs(config, run, pipeline, files.path)
+        shown, began = outputs.Outputs(config, run, pipeline, files.path, labelled), time.monotonic()
 
         def keep_numbers() -> None:
             """No number up to this step is lost when the run goes on from its checkpoint, on another host."""
@@ -152,8 +154,8 @@ def train(
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
                 stopping = stop is not None and stop.reached(step)
-                due = _due(step, config.eval.probe_every_steps) and not stopping  # a stop has little time
-                score = _probe(shown, course, monitor) if due else None
+                due = _probe_due(step, config) and not stopping  # a stop has little time
+                score = _probe(shown, course, monitor, began=began) if due else None
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
                 if stopping or step == last_step:
@@ -179,12 +181,20 @@ def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _probe(shown: outputs.Outputs, course: resume.Course, monitor: Monitor) -> float | None:
-    """Probes the teacher on the way; its numbers go with the step's, its mean IoU tells the best checkpoint."""
+def _probe_due(step: int, config: ConfigDict) -> bool:
+    """At the first checkpoint behind every so many steps, so that what is probed is saved."""
+    every, saved = config.eval.probe_every_steps, config.run.checkpoint_every_steps
+    return _due(step, saved) and every > 0 and step // every > (step - saved) // every
+
+
+def _probe(shown: outputs.Outputs, course: resume.Course, monitor: Monitor, *, began: float) -> float | None:
+    """Probes the teacher on the way; its numbers go with the step's, one of them tells the best checkpoint."""
     with monitor.clock.left_out():
         scores = shown.probe(course.step, course.state.teacher)
-    monitor.note(course.step, {f"probe/{name}": value for name, value in scores.items() if value is not None})
-    return outputs.mean_miou(scores)
+    found = {name: value for name, value in scores.items() if value is not None}
+    found["share_of_time"] = shown.probe_seconds / (time.monotonic() - began)
+    monitor.note(course.step, {f"probe/{name}": value for name, value in found.items()})
+    return shown.rank(scores)
 
 
 def _open_writers(config: ConfigDict, directory: pathlib.Path) -> Callable[..., metrics.Writers]:
@@ -264,6 +274,8 @@ def print_dry_run(config: ConfigDict) -> None:
     few.data.batch_size, few.run.input_workers, few.run.input_threads = 1, 0, 1
     pipeline = make_pipeline(few)
     pipeline.check_sources()
+    for each in outputs.read_labelled(config, run):
+        print(f"probed too: {each}")
     with contextlib.closing(iter(pipeline)) as source:
         element = next(source)
     shapes = batch_shapes(few, run.modalities)

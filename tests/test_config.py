@@ -94,8 +94,10 @@ WRONG = [  # field, value, what the message must say beside "config.FIELD: got V
     ("data.photometric_strength", 3.0, "a number from 0 to 2.5"),
     ("data.scenes.extent_cells", 200, "an integer of 1 to 160"),
     ("eval.first_index", 511, "none of those trained on, 0 to 511"),
-    ("eval.probe_every_steps", 7, "a multiple of config.run.checkpoint_every_steps"),
-    ("run.keep_best", True, "wanted probes, which tell the best"),
+    ("eval.datasets", (("eurosat", "eurosat:data"),), "a tuple of (name, dataset, task)"),
+    ("eval.datasets", (("a/b", "data", ""),), "the name without /"),
+    ("eval.datasets", (("osm", "data", ""),), "the name 'osm' is taken"),
+    ("eval.datasets", (("a", "data", ""), ("a", "more", "")), "the name 'a' is taken"),
     ("run.keep_every_hours", 0.0001, "wanted 0, or at least 0.01"),
     ("mesh.data", 0, "1 or more, or -1"),
     ("objective.weights.mgcl", -1.0, "a number of 0 or more"),
@@ -112,6 +114,19 @@ def test_validate_wrong_value_names_field_value_and_wanted(config, field, value,
         assert any("anchor_cells: got 16; wanted a multiple of tile_cells, 5" in line for line in lines)
     else:
         assert any(line.startswith(f"config.{field}: got ") and wanted in line for line in lines), lines
+
+
+def test_validate_best_checkpoint_wants_something_that_ranks(config):
+    config.run.keep_best = True
+    config_lib.validate(config)
+    config.eval.probe_every_steps = 0
+    with pytest.raises(ValueError, match=r"run.keep_best: got True .* 0; wanted probes"):
+        config_lib.validate(config)
+    config.eval.update(probe_every_steps=100, num_test_scenes=0)
+    with pytest.raises(ValueError, match=r"keep_best: got True; wanted something to probe on"):
+        config_lib.validate(config)
+    config.eval.datasets = (("fields", "data/fields", "segmentation"),)
+    config_lib.validate(config)
 
 
 def test_validate_box_at_the_limit_passes_and_one_beyond_fails(config):

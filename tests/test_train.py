@@ -196,7 +196,18 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
     told = {step: line["probe/osm/miou"] for step, line in lines.items() if "probe/osm/miou" in line}
     assert told == {1: 0.1, 2: 0.5, 5: 0.3}  # those of 4 and 6 had not been written when the run was stopped
     of_straight = {line["step"]: line["loss"] for line in metrics.read_json_lines(straight[0] / metrics.FILE_NAME)}
+    assert all("probe/share_of_time" in line for step, line in lines.items() if step in told)
     assert {step: line["loss"] for step, line in lines.items()} == {step: of_straight[step] for step in (1, 2, 3, 5)}
+
+
+@pytest.mark.parametrize(
+    ("every", "saved", "probed"),
+    [(3, 1, [3, 6, 9]), (3, 2, [4, 6, 10]), (5, 3, [6, 12]), (1, 4, [4, 8, 12]), (0, 1, [])],
+)
+def test_probes_come_with_the_first_checkpoint_behind_every_so_many_steps(every, saved, probed):
+    config = mono_config()
+    config.eval.probe_every_steps, config.run.checkpoint_every_steps = every, saved
+    assert [step for step in range(1, 13) if train._probe_due(step, config)] == probed
 
 
 def test_run_that_is_told_to_stop_saves_without_a_probe(tmp_path, monkeypatch):

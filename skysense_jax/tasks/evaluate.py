@@ -54,39 +54,60 @@ def evaluate(request: Request) -> dict[str, Any]:
       RuntimeError: no checkpoint of the model verifies.
     """
     _check_flags(request)
-    card, place = find_dataset(request.dataset)
-    card, has_split = _adapted(card, request), _has_split(card, place)
-    if has_split and request.train_share is not None:
-        raise ValueError(f"--train_share: got {request.train_share:g}; {card.name} has a split; wanted --label_share")
+    card, place = asked_dataset(request)
     tuning = _tuning(request, card) if request.protocol == FINETUNE else None
     model = load(request.model, modalities=request.modalities or None)
-    rows = shared_rows(model, card, place, request)
-    model = dataclasses.replace(model, rows=tuple(row for row in model.rows if row in rows.values()))
-    train_share = request.train_share or card.train_shares[0]
-    splits = _read(card, place, rows, request, train_share)
-    for split, examples in splits.items():
-        if not tuning:  # fine-tuning looks at what it gets itself
-            check(examples, split=split)
-        _open_first(examples, model)
+    model, splits = labelled(
+        request, model, card, place, checked=not tuning
+    )  # fine-tuning looks at what it gets itself
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
     train, test = (splits[split] for split in folders.SPLITS)
-    train = take_share(train, request.label_share, seed=request.seed)
     if tuning:
         scores = finetune.finetune(model, train, test, task=card.kind, options=tuning)
     else:
-        options = frozen.Options(
-            protocol=request.protocol,
-            batch_size=request.batch_size,
-            max_cells=request.max_cells,
-            seed=request.seed,
-            left_out=card.left_out,
-        )
-        scores = frozen.evaluate(model, train, test, options)
-    result = _result(request, card, model, train, test, None if has_split else train_share, scores)
+        options = frozen_options(request, card)
+        scores = frozen.evaluate(model, train, test, options, protocols=(request.protocol,))[request.protocol]
+    train_share = None if _has_split(card, place) else request.train_share or card.train_shares[0]
+    result = _result(request, card, model, train, test, train_share, scores)
     if request.out is not None:
         (request.out / file_name(result)).write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def asked_dataset(request: Request) -> tuple[Card, pathlib.Path]:
+    """The card, with what the flags say, and the place of the dataset; raises ValueError where they contradict it."""
+    card, place = find_dataset(request.dataset)
+    card = _adapted(card, request)
+    if request.train_share is not None and _has_split(card, place):
+        raise ValueError(f"--train_share: got {request.train_share:g}; {card.name} has a split; wanted --label_share")
+    return card, place
+
+
+def labelled(
+    request: Request, model: Model, card: Card, place: pathlib.Path, *, checked: bool = True
+) -> tuple[Model, dict[str, Examples]]:
+    """The model with the rows that the dataset has, and examples per split, of which a share is trained on.
+
+    Raises:
+      ValueError: they have no row in common, or the dataset is not what its card says; ``checked``: nor its targets.
+    """
+    rows = shared_rows(model, card, place, request)
+    model = dataclasses.replace(model, rows=tuple(row for row in model.rows if row in rows.values()))
+    splits = _read(card, place, rows, request)
+    for split, examples in splits.items():
+        if checked:
+            check(examples, split=split)
+        _open_first(examples, model)
+    train = take_share(splits[folders.TRAIN], request.label_share, seed=request.seed)
+    return model, {**splits, folders.TRAIN: train}
+
+
+def frozen_options(request: Request, card: Card) -> frozen.Options:
+    """What the flags and the card say of the use of frozen features."""
+    return frozen.Options(
+        batch_size=request.batch_size, max_cells=request.max_cells, seed=request.seed, left_out=card.left_out
+    )
 
 
 def _check_flags(request: Request) -> None:
@@ -176,10 +197,8 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
     return rows
 
 
-def _read(
-    card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request: Request, train_share: float
-) -> dict[str, Examples]:
-    how = dict(train_share=train_share, seed=request.seed)
+def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request: Request) -> dict[str, Examples]:
+    how = dict(train_share=request.train_share or card.train_shares[0], seed=request.seed)
     if card.sources:
         return folders.read(place, card, rows=rows, tile_cells=request.tile_cells, **how)
     return recordsets.read(place, kind=card.kind, rows=list(rows.values()), num_classes=card.num_classes, **how)

@@ -6,7 +6,7 @@ classes are enlarged bilinearly. Next: linear.py (the classifier), evaluate.py (
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -35,14 +35,12 @@ class Options:
     """How features are used.
 
     Attributes:
-      protocol: one of ``PROTOCOLS``.
       batch_size: windows encoded at a time.
       max_cells: training cells of maps, drawn evenly over examples.
       seed: of what is drawn and held out.
       left_out: classes that do not enter means over classes.
     """
 
-    protocol: str
     batch_size: int = 8
     max_cells: int = 20_000
     seed: int = 0
@@ -72,20 +70,25 @@ def encode(model: Model, examples: Examples, *, batch_size: int) -> Iterator[tup
         yield example, Cells(joined, cells.fused_usable & after.fused_usable)
 
 
-def evaluate(model: Model, train: Examples, test: Examples, options: Options) -> dict[str, float]:
-    """Scores on ``test`` of what is fitted on ``train``.
+def evaluate(
+    model: Model, train: Examples, test: Examples, options: Options, *, protocols: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Per protocol (some of ``PROTOCOLS``) the scores on ``test`` of what is fitted on ``train``.
+
+    Every image is encoded once, however many protocols there are.
 
     Raises:
       ValueError: k nearest neighbours of several classes an image, or nothing usable to train on.
     """
-    if train.kind == MULTI_LABEL and options.protocol == KNN:
+    if train.kind == MULTI_LABEL and KNN in protocols:
         raise ValueError(f"--protocol: {KNN} gives one class an image; wanted {LINEAR} for {MULTI_LABEL}")
     if train.kind in (SCENE, MULTI_LABEL):
-        return _images(model, train, test, options)
-    confusion = _maps(model, train, test, options)
+        return _images(model, train, test, options, protocols)
+    found = _maps(model, train, test, options, protocols)
     if train.kind == CHANGE:
-        return scores.change_scores(confusion)
-    return scores.segmentation_scores(confusion, train.classes, left_out=options.left_out)
+        return {protocol: scores.change_scores(confusion) for protocol, confusion in found.items()}
+    how = dict(classes=train.classes, left_out=options.left_out)
+    return {protocol: scores.segmentation_scores(confusion, **how) for protocol, confusion in found.items()}
 
 
 # ---- one target an image
@@ -97,7 +100,9 @@ def image_feature(cells: Cells) -> Float[np.ndarray, " D"]:
     return cells.features[usable].mean(axis=0)
 
 
-def _images(model: Model, train: Examples, test: Examples, options: Options) -> dict[str, float]:
+def _images(
+    model: Model, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
+) -> dict[str, dict[str, float]]:
     parts = []
     for examples in (train, test):
         pairs = [(image_feature(c), e.target) for e, c in encode(model, examples, batch_size=options.batch_size)]
@@ -105,12 +110,14 @@ def _images(model: Model, train: Examples, test: Examples, options: Options) -> 
         parts += [np.stack(features), np.stack(targets)]
     x, y, test_x, test_y = parts
     if train.kind == MULTI_LABEL:
-        return scores.multi_label_scores(test_y, linear.fit_multi_label(x, y, seed=options.seed)(test_x))
-    count = len(train.classes)
-    if options.protocol == KNN:
-        return scores.scene_scores(test_y, neighbours.predict(x, y, test_x, num_classes=count))
-    found = linear.fit(x, y, np.arange(len(y)), num_classes=count, seed=options.seed)(test_x)
-    return scores.scene_scores(test_y, found.argmax(1), found)
+        return {LINEAR: scores.multi_label_scores(test_y, linear.fit_multi_label(x, y, seed=options.seed)(test_x))}
+    count, found = len(train.classes), {}
+    if KNN in protocols:
+        found[KNN] = scores.scene_scores(test_y, neighbours.predict(x, y, test_x, num_classes=count))
+    if LINEAR in protocols:
+        given = linear.fit(x, y, np.arange(len(y)), num_classes=count, seed=options.seed)(test_x)
+        found[LINEAR] = scores.scene_scores(test_y, given.argmax(1), given)
+    return found
 
 
 # ---- maps
@@ -145,19 +152,23 @@ def _weights(num: int, side: int) -> Float[np.ndarray, "{side} {num}"]:
     return weights
 
 
-def _maps(model: Model, train: Examples, test: Examples, options: Options) -> scores.Confusion:
-    count = len(train.classes)
+def _maps(
+    model: Model, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
+) -> dict[str, scores.Confusion]:
+    count, predict = len(train.classes), {}
     x, y, groups = _training_cells(model, train, options)
-    if options.protocol == KNN:
+    if KNN in protocols:
         one_hot = np.eye(count)
-        predict = lambda rows: one_hot[neighbours.predict(x, y, rows, num_classes=count)]  # noqa: E731
-    else:
-        predict = linear.fit(x, y, groups, num_classes=count, seed=options.seed, by_class=True)
-    confusion = scores.Confusion(count)
+        predict[KNN] = lambda rows: one_hot[neighbours.predict(x, y, rows, num_classes=count)]
+    if LINEAR in protocols:
+        predict[LINEAR] = linear.fit(x, y, groups, num_classes=count, seed=options.seed, by_class=True)
+    found = {protocol: scores.Confusion(count) for protocol in predict}
     for example, cells in encode(model, test, batch_size=options.batch_size):
-        grid = predict(cells.features.reshape(-1, cells.features.shape[-1])).reshape(*cells.usable.shape, count)
-        confusion.add(example.target, enlarge(grid, len(example.target)).argmax(-1))
-    return confusion
+        rows = cells.features.reshape(-1, cells.features.shape[-1])
+        for protocol, confusion in found.items():
+            grid = predict[protocol](rows).reshape(*cells.usable.shape, count)
+            confusion.add(example.target, enlarge(grid, len(example.target)).argmax(-1))
+    return found
 
 
 def _training_cells(

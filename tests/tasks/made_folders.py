@@ -1,12 +1,17 @@
 """Small folders in the layouts of known datasets; what is in a picture follows from its class or label map."""
 
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import rasterio
 from PIL import Image
 
+from skysense_jax.data import scenes
+from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.modalities import MODALITIES
 
 S2 = MODALITIES["s2"].bands
@@ -136,3 +141,21 @@ def own_maps(root: pathlib.Path, *, side=12, each=3) -> pathlib.Path:
     )
     (root / "card.json").write_text(json.dumps(card))
     return root
+
+
+def labelled_records(folder: pathlib.Path, *, splits=("train", "test"), each=4) -> pathlib.Path:
+    """Scenes with label maps, of which the index says that odd ones are wet and every third is dark too."""
+    folder.mkdir()
+    rows, index = [MODALITIES[name] for name in ("s2", "s1")], []
+    for part, split in enumerate(splits):
+        with ShardWriter(folder / f"{split}-00000-of-00001.array_record") as writer:
+            for i in range(each):
+                drawn = scenes.render(100 * part + i, seed=2, extent_cells=6, modalities=("s2", "s1"), complete=True)
+                sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}")
+                writer.write(encode_sample(sample, rows))
+                names = ["wet" if i % 2 else "dry"] + ["dark"] * (i % 3 == 0)
+                shard = f"{split}-00000-of-00001"
+                index.append(dict(id=sample.id, shard=shard, record=i, scene_classes=names))
+    pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
+    (folder / "modalities.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
+    return folder

@@ -2,17 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 
 import made_folders
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from skysense_jax.data import scenes
-from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.eval.__main__ import main
-from skysense_jax.modalities import MODALITIES
 from skysense_jax.tasks import evaluate, frozen
 from skysense_jax.tasks.cards import CARDS
 from skysense_jax.tasks.evaluate import Request
@@ -24,24 +18,6 @@ _FEW_CLASSES = {name: dataclasses.replace(CARDS[name], num_classes=0) for name i
 def _few_classes(monkeypatch):
     """Cards that do not count the classes."""
     monkeypatch.setattr(evaluate, "CARDS", {**CARDS, **_FEW_CLASSES})
-
-
-def _records(folder: pathlib.Path, *, splits=("train", "test"), each=4) -> pathlib.Path:
-    """Scenes with label maps, of which the index says that odd ones are wet and every third is dark too."""
-    folder.mkdir()
-    rows, index = [MODALITIES[name] for name in ("s2", "s1")], []
-    for part, split in enumerate(splits):
-        with ShardWriter(folder / f"{split}-00000-of-00001.array_record") as writer:
-            for i in range(each):
-                drawn = scenes.render(100 * part + i, seed=2, extent_cells=6, modalities=("s2", "s1"), complete=True)
-                sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}")
-                writer.write(encode_sample(sample, rows))
-                names = ["wet" if i % 2 else "dry"] + ["dark"] * (i % 3 == 0)
-                shard = f"{split}-00000-of-00001"
-                index.append(dict(id=sample.id, shard=shard, record=i, scene_classes=names))
-    pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
-    (folder / "modalities.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
-    return folder
 
 
 def test_command_on_maps_of_two_sensors_prints_and_writes_what_it_found(model_dir, tmp_path, capsys):
@@ -80,7 +56,7 @@ def test_command_fine_tunes_with_what_it_is_told(model_dir, tmp_path, capsys):
 
 @pytest.mark.usefixtures("loaded_once")
 def test_records_with_label_maps_or_scene_classes(model_dir, tmp_path):
-    folder = _records(tmp_path / "records")
+    folder = made_folders.labelled_records(tmp_path / "records")
     common = dict(model=str(model_dir), protocol="linear")
     maps = evaluate.evaluate(Request(dataset=str(folder), task="segmentation", **common))
     assert maps["dataset"]["classes"][:2] == ["water", "wetland"]
@@ -128,13 +104,13 @@ def folders(tmp_path_factory):
     made_folders.own_maps(root / "mine")
     made_folders.class_folders(root / "aid")
     made_folders.oscd(root / "oscd")
-    _records(root / "records", splits=("one",), each=2)
+    made_folders.labelled_records(root / "records", splits=("one",), each=2)
     (root / "empty").mkdir()
     (root / "naip").mkdir()
     card = json.loads((root / "mine/card.json").read_text())
     card["sources"] = dict(naip=dict(files="x/{name}.tif"))
     (root / "naip/card.json").write_text(json.dumps(card))
-    bare = _records(root / "bare", splits=("one",), each=1)
+    bare = made_folders.labelled_records(root / "bare", splits=("one",), each=1)
     (bare / "index.parquet").unlink()
     return root
 

@@ -145,7 +145,7 @@ def stand_in(monkeypatch):
 
 
 def _run(model, train, test, protocol, **options):
-    return frozen.evaluate(model, train, test, frozen.Options(protocol=protocol, **options))
+    return frozen.evaluate(model, train, test, frozen.Options(**options), protocols=(protocol,))[protocol]
 
 
 def _scene_examples(rng, count, classes=3):
@@ -209,7 +209,7 @@ def test_pixel_scores_equal_sklearn_on_a_prediction_by_hand(stand_in):
     rng = np.random.default_rng(2)
     train, test = _map_examples(rng, 8), _map_examples(rng, 3, per_cell=4)
     found = _run(stand_in, train, test, "linear", max_cells=40, seed=3)
-    x, y, groups = frozen._training_cells(stand_in, train, frozen.Options("linear", max_cells=40, seed=3))
+    x, y, groups = frozen._training_cells(stand_in, train, frozen.Options(max_cells=40, seed=3))
     assert len(x) <= 40
     assert set(groups) == set(range(8))
     score = linear.fit(x, y, groups, num_classes=3, seed=3, by_class=True)
