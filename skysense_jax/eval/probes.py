@@ -173,6 +173,14 @@ def raw_bands(whole: WholeSample, modalities: Sequence[Modality]) -> Float[np.nd
     return np.concatenate([padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3)], axis=-1)
 
 
+def raw_cells(
+    whole: WholeSample, modalities: Sequence[Modality]
+) -> tuple[Float[np.ndarray, "P Q D"], Bool[np.ndarray, "P Q"]]:
+    """``raw_bands``, and where at least one modality and date is usable."""
+    usable = np.any([whole.cell_usable[m.name].any(axis=0) for m in modalities], axis=0)
+    return raw_bands(whole, modalities), usable
+
+
 def gather_cells(
     features: Sequence[Float[np.ndarray, "P Q D"]],
     usable: Sequence[Bool[np.ndarray, "P Q"]],
@@ -273,8 +281,6 @@ def probe_raw_bands(
 
     def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         for sample in samples:
-            whole = read_whole(sample, modalities, num_dates=num_dates)
-            clear = [whole.cell_usable[m.name].any(axis=0) for m in modalities]
-            yield raw_bands(whole, modalities), np.any(clear, axis=0)
+            yield raw_cells(read_whole(sample, modalities, num_dates=num_dates), modalities)
 
     return _probe(held_out, read)

@@ -6,7 +6,8 @@ classes are enlarged bilinearly. Next: linear.py (the classifier), evaluate.py (
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -28,6 +29,9 @@ class Cells:
 
     features: Float[np.ndarray, "P Q D"]
     usable: Bool[np.ndarray, "P Q"]
+
+
+Reader = Callable[[Examples], Iterator[tuple[Example, Cells]]]  # of each example its cells, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +77,18 @@ def encode(model: Model, examples: Examples, *, batch_size: int) -> Iterator[tup
 def evaluate(
     model: Model, train: Examples, test: Examples, options: Options, *, protocols: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Per protocol (some of ``PROTOCOLS``) the scores on ``test`` of what is fitted on ``train``.
+    """Per protocol (some of ``PROTOCOLS``) the scores on ``test`` of what is fitted on ``train``, both encoded.
 
-    Every image is encoded once, however many protocols there are.
+    Every image is encoded once, however many protocols there are. Raises as ``evaluate_cells``.
+    """
+    read = functools.partial(encode, model, batch_size=options.batch_size)
+    return evaluate_cells(read, train, test, options, protocols=protocols)
+
+
+def evaluate_cells(
+    read: Reader, train: Examples, test: Examples, options: Options, *, protocols: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """``evaluate`` of what ``read`` makes of examples.
 
     Raises:
       ValueError: k nearest neighbours of several classes an image, or nothing usable to train on.
@@ -83,8 +96,8 @@ def evaluate(
     if train.kind == MULTI_LABEL and KNN in protocols:
         raise ValueError(f"--protocol: {KNN} gives one class an image; wanted {LINEAR} for {MULTI_LABEL}")
     if train.kind in (SCENE, MULTI_LABEL):
-        return _images(model, train, test, options, protocols)
-    found = _maps(model, train, test, options, protocols)
+        return _images(read, train, test, options, protocols)
+    found = _maps(read, train, test, options, protocols)
     if train.kind == CHANGE:
         return {protocol: scores.change_scores(confusion) for protocol, confusion in found.items()}
     how = dict(classes=train.classes, left_out=options.left_out)
@@ -101,11 +114,11 @@ def image_feature(cells: Cells) -> Float[np.ndarray, " D"]:
 
 
 def _images(
-    model: Model, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
+    read: Reader, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     parts = []
     for examples in (train, test):
-        pairs = [(image_feature(c), e.target) for e, c in encode(model, examples, batch_size=options.batch_size)]
+        pairs = [(image_feature(cells), example.target) for example, cells in read(examples)]
         features, targets = zip(*pairs)
         parts += [np.stack(features), np.stack(targets)]
     x, y, test_x, test_y = parts
@@ -153,17 +166,17 @@ def _weights(num: int, side: int) -> Float[np.ndarray, "{side} {num}"]:
 
 
 def _maps(
-    model: Model, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
+    read: Reader, train: Examples, test: Examples, options: Options, protocols: Sequence[str]
 ) -> dict[str, scores.Confusion]:
     count, predict = len(train.classes), {}
-    x, y, groups = _training_cells(model, train, options)
+    x, y, groups = _training_cells(read, train, options)
     if KNN in protocols:
         one_hot = np.eye(count)
         predict[KNN] = lambda rows: one_hot[neighbours.predict(x, y, rows, num_classes=count)]
     if LINEAR in protocols:
         predict[LINEAR] = linear.fit(x, y, groups, num_classes=count, seed=options.seed, by_class=True)
     found = {protocol: scores.Confusion(count) for protocol in predict}
-    for example, cells in encode(model, test, batch_size=options.batch_size):
+    for example, cells in read(test):
         rows = cells.features.reshape(-1, cells.features.shape[-1])
         for protocol, confusion in found.items():
             grid = predict[protocol](rows).reshape(*cells.usable.shape, count)
@@ -172,12 +185,12 @@ def _maps(
 
 
 def _training_cells(
-    model: Model, train: Examples, options: Options
+    read: Reader, train: Examples, options: Options
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
     """Usable cells with a class: features, classes, and which image each lies in."""
     each, rng = -(-options.max_cells // len(train)), np.random.default_rng(options.seed)
     features, targets, groups, images = [], [], [], {}
-    for example, cells in encode(model, train, batch_size=options.batch_size):
+    for example, cells in read(train):
         wanted = cell_targets(example.target, len(cells.usable))
         rows = np.flatnonzero((wanted != IGNORED) & cells.usable)
         rows = np.sort(rng.choice(rows, each, replace=False)) if len(rows) > each else rows

@@ -1,6 +1,7 @@
 """The protocols against scikit-learn, PyTorch and loops, on features that a stand-in for the network makes."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -209,7 +210,9 @@ def test_pixel_scores_equal_sklearn_on_a_prediction_by_hand(stand_in):
     rng = np.random.default_rng(2)
     train, test = _map_examples(rng, 8), _map_examples(rng, 3, per_cell=4)
     found = _run(stand_in, train, test, "linear", max_cells=40, seed=3)
-    x, y, groups = frozen._training_cells(stand_in, train, frozen.Options(max_cells=40, seed=3))
+    x, y, groups = frozen._training_cells(
+        functools.partial(frozen.encode, stand_in, batch_size=8), train, frozen.Options(max_cells=40, seed=3)
+    )
     assert len(x) <= 40
     assert set(groups) == set(range(8))
     score = linear.fit(x, y, groups, num_classes=3, seed=3, by_class=True)
