@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import shapely
 
 from skysense_jax.data.sample import UNDATED
 
@@ -55,6 +56,7 @@ class Acquisition:
       offset: what to subtract from its numbers.
       unit: "linear" or "dB" of a radar, else empty.
       rank: of several that show the same ground on the same day the highest counts (processing baseline).
+      footprint: the part of ``bounds`` that has data, where metadata tell it; known to plan.py alone.
     """
 
     id: str
@@ -69,6 +71,7 @@ class Acquisition:
     offset: int = 0
     unit: str = ""
     rank: int = 0
+    footprint: shapely.Geometry | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,16 @@ class Rejected:
     what: str
     name: str
     reason: str
+
+
+def date_over(place: str, row: str, date: str) -> str:
+    """The name of a rejected date: of which place, which row of the table, and which acquisitions."""
+    return f"{place} {row}: {date}"
+
+
+def row_of_date(name: str) -> str:
+    """The row of the table in what ``date_over`` gave; of another name something that is none."""
+    return name.partition(": ")[0].rpartition(" ")[2]
 
 
 _JSON = ("layers", "classes", "clouds")

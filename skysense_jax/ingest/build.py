@@ -91,7 +91,8 @@ class Builder(Maker):
                 continue
             how = dict(min_clear_share=self._min_clear_share, signs=self._signs)
             read, refused = read_series(found, place.square, row, **how)
-            rejected += [dataclasses.replace(entry, name=f"{place.id} {name}: {entry.name}") for entry in refused]
+            told = functools.partial(acquisitions_lib.date_over, place.id, name)
+            rejected += [dataclasses.replace(entry, name=told(entry.name)) for entry in refused]
             if read is not None:
                 series[name] = read
         missing = [name for name in self._require if name not in series]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from skysense_jax.ingest.acquisitions import row_of_date
 from skysense_jax.modalities import METRES_PER_CELL, LabelMap, Modality
 
 
@@ -18,6 +19,8 @@ class Counts:
       samples, labelled: by split; labelled ones have a label map.
       having, dates, hidden: by row of the table: samples that have it, their dates by split, and the sum of their
         hidden shares.
+      missing: likewise, of ``measured`` samples the sum of the shares of pixels without data.
+      left_out: by row of the table: dates that came to nothing.
       classes: pixels of label maps by class id.
       days: first and last day of a dated acquisition, None where there is none.
       extent: lowest and highest "longitude" and "latitude", where they are known.
@@ -29,6 +32,9 @@ class Counts:
     having: Counter[str] = dataclasses.field(default_factory=Counter)
     dates: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     hidden: Counter[str] = dataclasses.field(default_factory=Counter)
+    missing: Counter[str] = dataclasses.field(default_factory=Counter)
+    measured: Counter[str] = dataclasses.field(default_factory=Counter)
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     classes: np.ndarray | int = 0
     days: tuple[int, int] | None = None
     extent: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
@@ -42,6 +48,9 @@ class Counts:
             self.having[name] += 1
             self.dates[split, name] += num
             self.hidden[name] += row["hidden"][name]
+        for name, share in row.get("missing", {}).items():
+            self.missing[name] += share
+            self.measured[name] += 1
         if row["classes"]:
             self.labelled[split] += 1
             self.classes = self.classes + np.asarray(row["classes"])
@@ -53,6 +62,12 @@ class Counts:
             if row[axis] is not None:
                 low, high = self.extent.get(axis, (row[axis], row[axis]))
                 self.extent[axis] = min(low, row[axis]), max(high, row[axis])
+
+    def reject(self, entry: Mapping[str, str]) -> None:
+        """Counts what came to nothing, given as ``Rejected`` has it."""
+        self.rejected[entry["what"]] += 1
+        if entry["what"] == "date":
+            self.left_out[row_of_date(entry["name"])] += 1
 
 
 def table(counts: Counts, modalities: Sequence[Modality]) -> str:
@@ -88,13 +103,17 @@ def text(
         f"- acquired from {_day(days[0])} to {_day(days[1])}" if days else "- no acquisition has a day",
         f"- {counts.rejected.total()} files, dates and places came to nothing: `rejected.jsonl` says why",
         "",
-        "| row | unit | samples | dates | under cloud | pixel |",
-        "|---|---|---|---|---|---|",
+        "| row | unit | pixel | samples | dates | dates left out | under cloud | no data |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in (name for name in named if counts.having[name]):
         dates = sum(counts.dates[split, name] for split in counts.samples)
         hidden, size = counts.hidden[name] / counts.having[name], METRES_PER_CELL / named[name].pixels_per_cell
-        lines.append(f"| {name} | {named[name].unit} | {counts.having[name]} | {dates} | {hidden:.1%} | {size:g} m |")
+        missing = f"{counts.missing[name] / counts.measured[name]:.1%}" if counts.measured[name] else "not counted"
+        cells = (f"{size:g} m", counts.having[name], dates, counts.left_out[name], f"{hidden:.1%}", missing)
+        lines.append(f"| {name} | {named[name].unit} | " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Shares are of the pixels of dates that samples have, a mean over samples. Dates that were left out"]
+    lines += ["are those of any place, also of one that is no sample."]
     lines += ["", "## Sources", "", "| source | kind | licence |", "|---|---|---|"]
     lines += [f"| {source['name']} | {source['kind']} | {source['licence']} |" for source in sources]
     lines += ["", "## Statistics", "", "Over valid pixels of the samples to train on, clouds included.", ""]

@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -59,7 +61,7 @@ def engine_of(given: argparse.Namespace) -> Engine:
 
 
 def build(make: Callable[[], Maker], out: epath.Path, *, facts: Mapping[str, Any], engine: Engine) -> str:
-    """What was made, as a table; writes what is missing of ``out``.
+    """What was made, as a table; writes what is missing of ``out``, and tells stderr how far it is.
 
     Args:
       make: what each process makes its maker with; picklable.
@@ -77,21 +79,63 @@ def build(make: Callable[[], Maker], out: epath.Path, *, facts: Mapping[str, Any
     with folder.claimed(out, facts):
         maker = make()
         missing = folder.to_make(out, maker.shards)
+        begun = time.monotonic()
+        _tell(_planned(maker.shards, missing))
         if engine.name == BEAM and missing:
             beam.run(make, missing, out, options)
-        elif engine.workers > 1 and len(missing) > 1:
-            _run_here(make, missing, out, engine.workers)
         else:
-            for shard in missing:
-                folder.write_shard(maker, shard, out)
+            several = engine.workers > 1 and len(missing) > 1
+            run = _run_here(make, missing, out, engine.workers) if several else _run_alone(maker, missing, out)
+            for num, written in enumerate(run, 1):
+                left = len(missing) - num
+                left_s = left * (time.monotonic() - begun) / num
+                told = f"; left: {left} of {len(maker.shards)} shards, some {_span(left_s)}" if left else ""
+                _tell(f"{_finished(written)}{told}")
+        if missing:
+            _tell(f"made {len(missing)} of {len(maker.shards)} shards in {_span(time.monotonic() - begun)}")
         return folder.finish(maker, out)
 
 
-def _run_here(make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, workers: int) -> None:
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _planned(shards: Sequence[Shard], missing: Sequence[Shard]) -> str:
+    """What there is to do, and what is there already."""
+    places = sum(shard.stop - shard.start for shard in shards)
+    there = len(shards) - len(missing)
+    goes_on = f"; goes on: {there} of {len(shards)} shards are there" if there else ""
+    return f"{places} places in {len(shards)} shards are planned{goes_on}"
+
+
+def _finished(written: folder.Written) -> str:
+    return f"{written.shard.name}: {written.samples} samples, {written.rejected} rejected, {_span(written.seconds)}"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _run_alone(maker: Maker, missing: Sequence[Shard], out: epath.Path) -> Iterator[folder.Written]:
+    for shard in missing:
+        yield folder.write_shard(maker, shard, out)
+
+
+def _run_here(
+    make: Callable[[], Maker], missing: Sequence[Shard], out: epath.Path, workers: int
+) -> Iterator[folder.Written]:
+    """What came of each shard, as it is ready."""
     size, spawn = min(workers, len(missing)), multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(size, spawn, _begin, (make, out)) as pool:
-            list(pool.map(_write_one, missing))
+            try:
+                for ready in concurrent.futures.as_completed([pool.submit(_write_one, shard) for shard in missing]):
+                    yield ready.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool as error:
         raise OSError(f"a process was killed, for want of memory perhaps; wanted --workers below {size}") from error
 
@@ -111,9 +155,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_one(shard: Shard) -> None:
+def _write_one(shard: Shard) -> folder.Written:
     make, out = _WORKER
-    folder.write_shard(make(), shard, out)
+    return folder.write_shard(make(), shard, out)
 
 
 def command(parser: argparse.ArgumentParser, work: Callable[[], str]) -> None:

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import tempfile
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,13 +162,24 @@ def one(name: str, make: Callable[[], Made]) -> Made:
     return Made(None, [Rejected("place", name, told)])
 
 
-def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
-    """Writes one shard.
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What came of a shard: how many samples, what came to nothing, and in which time."""
+
+    shard: Shard
+    samples: int
+    rejected: int
+    seconds: float
+
+
+def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> Written:
+    """What came of one shard, which is written.
 
     Raises:
       OSError: it cannot be written, or another worker made something else of it at the same time. What cannot be read
         is listed, and the others go on.
     """
+    begun = time.monotonic()
     histograms, rejected, samples, measured, payloads = Histograms(maker.rows), [], [], [], []
     for made in maker.made(shard):
         rejected += made.rejected
@@ -200,6 +212,7 @@ def write_shard(maker: Maker, shard: Shard, out: epath.Path) -> None:
     if written != [_digest(path) for path in (records, counts, figured)]:
         part.unlink(missing_ok=True)
         raise OSError(f"{records}: another worker made something else of it at the same time")
+    return Written(shard, len(samples), len(rejected), time.monotonic() - begun)
 
 
 def _files(out: epath.Path, shard: Shard) -> tuple[epath.Path, epath.Path, epath.Path, epath.Path]:
@@ -266,7 +279,7 @@ def finish(maker: Maker, out: epath.Path) -> str:
         with path.open("w") as file:
             for entry in rejected():
                 file.write(json.dumps(entry) + "\n")
-                counts.rejected[entry["what"]] += 1
+                counts.reject(entry)
 
     def write_index(path: pathlib.Path) -> None:
         with index_lib.IndexWriter(path, maker.rows, maker.columns) as index:

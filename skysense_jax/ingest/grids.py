@@ -92,7 +92,7 @@ class Grid:
         bounds = rasterio.warp.transform_bounds(self.crs, _LON_LAT, west, south, east, north)
         if not np.isfinite(bounds).all():
             raise Refused(f"{self.crs} with bounds {(west, south, east, north)}: not on the map of that system")
-        return _wrapped(*bounds)
+        return wrapped(*bounds)
 
     def turned_to(self, square: Square) -> "Grid":
         """The grid, if in degrees moved by whole turns to where ``square`` is: 185 and -175 are one longitude."""
@@ -121,10 +121,10 @@ class Grid:
         return Window(left, top, right - left, bottom - top) if left < right and top < bottom else None
 
 
-def _wrapped(west: float, south: float, east: float, north: float) -> tuple[float, float, float, float]:
+def wrapped(west: float, south: float, east: float, north: float) -> tuple[float, float, float, float]:
     """Bounds whose longitudes lie within -180 to 180; west > east where they cross 180 degrees."""
     if east - west > _ALL_AROUND:
         return -180.0, south, 180.0, north
-    if west < -180 or east > 180:
+    if max(abs(west), abs(east)) > 180:
         west, east = (west + 180) % 360 - 180, 180 - (180 - east) % 360
     return west, south, east, north

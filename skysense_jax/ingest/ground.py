@@ -14,6 +14,9 @@ import shapely
 import shapely.geometry
 from shapely.errors import ShapelyError
 
+# Degrees. Outlines are straight on another map than images: 2 km off along 250 km at 60 degrees north.
+_LOOSE = 0.03
+
 
 def read_ground(path: pathlib.Path) -> shapely.Geometry:
     """The area that a file holds, degrees; by its suffix .poly, WKT (.wkt, .txt) or else GeoJSON.
@@ -40,6 +43,17 @@ def read_ground(path: pathlib.Path) -> shapely.Geometry:
     if area.is_empty or not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
         raise ValueError(f"{path}: polygons with bounds {area.bounds}; wanted some, in degrees, south before north")
     return area
+
+
+def footprint(outline: shapely.Geometry, bounds: tuple[float, float, float, float]) -> shapely.Geometry | None:
+    """The part of ``bounds`` that an image has data in by an ``outline`` in its metadata, degrees, a little widened.
+
+    None if the outline is none, does not lie within the bounds (axes swapped, say), or these cross 180 degrees.
+    """
+    outline = shapely.make_valid(outline)
+    if bounds[0] >= bounds[2] or not outline.area > 0 or not shapely.box(*bounds).buffer(_LOOSE).covers(outline):
+        return None
+    return outline.buffer(_LOOSE).intersection(shapely.box(*bounds))
 
 
 def read_poly(text: str) -> shapely.Geometry:

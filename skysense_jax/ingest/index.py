@@ -25,7 +25,9 @@ _COLUMNS = {
     **dict(longitude=pa.float64(), latitude=pa.float64(), first_day=pa.int64(), last_day=pa.int64()),
     **dict(classes=pa.list_(pa.int64()), licence=pa.string()),
 }
-_PER_ROW = dict(dates=pa.int64(), hidden=pa.float64())  # a column for each row of the modality table
+_PER_ROW = dict(
+    dates=pa.int64(), hidden=pa.float64(), missing=pa.float64()
+)  # a column for each row of the modality table
 
 
 def write_rows(rows: Sequence[Modality], path: pathlib.Path) -> None:
@@ -65,6 +67,7 @@ def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelM
         latitude=sample.latitude,
         dates={name: len(series.days) for name, series in sample.series.items()},
         hidden={name: float(series.cloud.mean()) for name, series in sample.series.items()},
+        missing={name: float(1 - series.valid.mean()) for name, series in sample.series.items()},
         first_day=min(dated, default=None),
         last_day=max(dated, default=None),
         classes=None if mapped is None else mapped.tolist(),
@@ -73,8 +76,9 @@ def facts(sample: Sample, *, split: str, shard: str, record: int, labels: LabelM
 
 
 def row(found: Mapping[str, Any], table: Sequence[Modality]) -> dict[str, Any]:
-    """``facts`` as a row of the index: dates and hidden shares in a column for each row of the modality table."""
-    per_row = {f"{key}_{m.name}": found[key].get(m.name) for key in _PER_ROW for m in table}
+    """``facts`` as a row of the index: dates and shares in a column for each row of the modality table."""
+    # A shard of an older build says nothing of missing pixels.
+    per_row = {f"{key}_{m.name}": found.get(key, {}).get(m.name) for key in _PER_ROW for m in table}
     return {key: value for key, value in found.items() if key not in _PER_ROW} | per_row
 
 

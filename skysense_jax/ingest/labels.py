@@ -8,6 +8,7 @@ outside there is no label map, which is not an empty one. Next: osm_files.py (re
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import pathlib
 import shutil
@@ -34,6 +35,7 @@ _BANDS_PER_DEGREE = 20  # objects are sorted by latitude in such bands, then by 
 _METRES_PER_DEGREE = 110_000.0  # of latitude, at least
 _ROW_GROUP = 10_000  # objects that are read or left unread together
 _BATCH = 20_000  # objects that stand in memory as they are read
+_SLIVER = 1e-4  # share of a place that two outlines of one border may leave open
 _SIDES = ("west", "south", "east", "north")
 
 
@@ -238,12 +240,17 @@ class LabelMaps:
         self._sources = [coverage.source for coverage in coverages]
 
     def covering(self, square: Square) -> list[str]:
-        """The sources that cover all of ``square``."""
+        """The sources that cover all of ``square``; if none does alone, those that do together; else none."""
         box = shapely.box(*square.degrees())
-        return [source for source, ground in zip(self._sources, self._ground) if ground.covers(box)]
+        alone = [source for source, ground in zip(self._sources, self._ground) if ground.covers(box)]
+        if alone:
+            return alone
+        parts = {source: ground for source, ground in zip(self._sources, self._ground) if ground.intersects(box)}
+        left = functools.reduce(shapely.difference, parts.values(), box)
+        return list(parts) if left.area <= _SLIVER * box.area else []
 
     def draw(self, square: Square) -> UInt8[np.ndarray, "H W"] | None:
-        """The label map of ``square``; None if no source covers all of it."""
+        """The label map of ``square``; None if the sources do not cover all of it."""
         west, south, east, north = square.degrees()
         covering = self.covering(square)
         if not covering:

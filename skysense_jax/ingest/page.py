@@ -25,6 +25,7 @@ from skysense_jax.modalities import METRES_PER_CELL
 
 _TITLES = {kind.name: kind.title for kind in KINDS}
 _MOST_REASONS = 40  # of what came to nothing
+_MOST_LINKS = 5  # from a suspicion to samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,12 @@ def page(
     suspicious: Sequence[Card],
     drawn: Sequence[Card],
     places: str,
+    listed: bool = False,
 ) -> str:
-    """The page. ``places``: the map of places."""
+    """The page. ``places``: the map of places; ``listed``: whether a file beside the page has all suspicions."""
     sections = [
         ("places", "Places", _places(survey, places)),
-        ("suspicions", "Suspicions", _suspicions(dataset, found, [*suspicious, *drawn])),
+        ("suspicions", "Suspicions", _suspicions(dataset, found, [*suspicious, *drawn], listed)),
         ("samples", "Samples", _samples(dataset, suspicious, drawn)),
         ("bands", "Bands against the modality table", _bands(dataset, survey)),
         ("dates", "Dates and clouds", _dates(dataset, survey)),
@@ -113,14 +115,17 @@ def _summary(dataset: Dataset, survey: Survey) -> str:
             name,
             f"{METRES_PER_CELL / of.row.pixels_per_cell:g} m",
             f"{of.samples:,}",
+            f"{len(survey.longitudes) - of.samples:,}",
             f"{of.dates:,}",
+            f"{of.left_out:,}",
             f"{of.hidden:.1%}",
+            "not counted" if of.missing is None else f"{of.missing:.1%}",
             html.escape(of.row.unit),
         ]
         for name, of in survey.rows.items()
     ]
-    head = ["row", "pixel", "samples", "dates", "under cloud", "unit"]
-    return element("p", text) + table("What samples have", head, rows, classes=["", *["number"] * 4, "words"])
+    head = ["row", "pixel", "samples", "without it", "dates", "dates left out", "under cloud", "no data", "unit"]
+    return element("p", text) + table("What samples have", head, rows, classes=["", *["number"] * 7, "words"])
 
 
 def _places(survey: Survey, places: str) -> str:
@@ -140,7 +145,7 @@ def _places(survey: Survey, places: str) -> str:
 # ---- suspicions and samples
 
 
-def _suspicions(dataset: Dataset, found: Suspicions, cards: Sequence[Card]) -> str:
+def _suspicions(dataset: Dataset, found: Suspicions, cards: Sequence[Card], listed: bool) -> str:
     measured = f"{dataset.num_measured:,} of {dataset.num_samples:,} samples"
     text = "No verdicts: snow, deserts and lakes look odd too. A sample counts once for each row it is odd in. "
     text += f"Pixels were measured of {'all samples' if dataset.num_measured == dataset.num_samples else measured}."
@@ -149,11 +154,17 @@ def _suspicions(dataset: Dataset, found: Suspicions, cards: Sequence[Card]) -> s
         if not found.counts.get(kind.name):
             continue
         shown = [card for card in cards if any(hit.kind == kind.name for hit in card.hits)]
-        links = ", ".join(element("a", html.escape(_name(card)), href=f"#{card.anchor}") for card in shown[:5])
-        told = html.escape(kind.meaning) + (f" Such as {links}." if links else "")
+        links = ", ".join(
+            element("a", html.escape(_name(card)), href=f"#{card.anchor}") for card in shown[:_MOST_LINKS]
+        )
+        more = found.counts[kind.name] - sum(hit.kind == kind.name for card in shown[:_MOST_LINKS] for hit in card.hits)
+        further = f" and {more:,} more" if more > 0 else ""
+        told = html.escape(kind.meaning) + (f" Such as {links}{further}." if links else "")
         rows.append([element("span", kind.title, id=kind.name), f"{found.counts[kind.name]:,}", told])
     if not rows:
         return element("p", text) + element("p", "Nothing is odd by the rules of docs/data.md.")
+    if listed:
+        text += " All are listed, with their figures, in the CSV file beside this page that has its name."
     head = ["suspicion", "number", "what it is"]
     return element("p", text) + table("The gravest first", head, rows, classes=["", "number", "words"])
 
@@ -349,14 +360,15 @@ def _classes(dataset: Dataset, survey: Survey) -> str:
 def _rejected(survey: Survey) -> str:
     if not survey.rejected:
         return element("p", "Nothing is listed.")
-    listed = sorted(survey.rejected.items(), key=lambda entry: -entry[1])
+    listed = sorted(survey.rejected.items(), key=lambda entry: -entry[1][0])
     rows = [
-        [html.escape(what), f"{number:,}", html.escape(reason)] for (what, reason), number in listed[:_MOST_REASONS]
+        [html.escape(what), f"{number:,}", html.escape(reason), html.escape(example)]
+        for (what, reason), (number, example) in listed[:_MOST_REASONS]
     ]
-    left = f"; {len(listed) - _MOST_REASONS} further reasons in rejected.jsonl" if len(listed) > _MOST_REASONS else ""
+    left = f"; {len(listed) - _MOST_REASONS} further reasons are left out here" if len(listed) > _MOST_REASONS else ""
     return table(
-        f"By reason, without numbers (#) and names (…){left}",
-        ["what", "number", "why"],
+        f"By reason, without numbers (#) and names (…); all with both in rejected.jsonl{left}",
+        ["what", "number", "why", "such as"],
         rows,
-        classes=["", "number", "words"],
+        classes=["", "number", "words", "words"],
     )

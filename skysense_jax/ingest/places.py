@@ -111,12 +111,12 @@ def _of_zone(area: shapely.Geometry, crs: CRS, strip: tuple[float, float, float,
 
 def seen_by(places: Sequence[Place], acquisitions: Sequence[Acquisition]) -> list[Place]:
     """The places with the acquisitions that may show them; those that none shows are left out."""
-    boxes, rows = [], []
+    parts, rows = [], []
     for row, acquisition in enumerate(acquisitions):
-        for box in boxes_of(acquisition.bounds):
-            boxes.append(box)
+        for part in shown_by(acquisition):
+            parts.append(part)
             rows.append(row)
-    tree = shapely.STRtree(boxes)
+    tree = shapely.STRtree(parts)
     found = []
     for place in places:
         meeting = set()
@@ -125,6 +125,11 @@ def seen_by(places: Sequence[Place], acquisitions: Sequence[Acquisition]) -> lis
         if meeting:
             found.append(dataclasses.replace(place, acquisitions=tuple(sorted(meeting))))
     return found
+
+
+def shown_by(acquisition: Acquisition) -> list[shapely.Geometry]:
+    """The ground that an acquisition may show, degrees: its footprint where it is known, else its bounds."""
+    return boxes_of(acquisition.bounds) if acquisition.footprint is None else [acquisition.footprint]
 
 
 def boxes_of(bounds: Sequence[float]) -> list[shapely.Polygon]:

@@ -189,7 +189,7 @@ def _elsewhere(maps: labels.LabelMaps, chosen: Sequence[Place], coverages: Seque
 
 
 def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice: Choice) -> list[Place]:
-    shown = shapely.union_all([box for acquisition in found for box in places.boxes_of(acquisition.bounds)])
+    shown = shapely.union_all([part for acquisition in found for part in places.shown_by(acquisition)])
     area = shown if area is None else area.intersection(shown)
     if choice.land is not None:
         area = area.intersection(choice.land)
@@ -204,13 +204,16 @@ def _choose(found: Sequence[Acquisition], area: shapely.Geometry | None, choice:
 
 def _classes(chosen: Sequence[Place], path: pathlib.Path) -> dict[str, int]:
     """The class of a raster under each place's centre; -1 outside of it."""
+    found = {}
     with rasterio.open(path) as file:
-        found = {}
+        turns = (0, 360, -360) if file.crs.is_geographic else (0,)  # longitudes of a file may go on to 360
         for place in chosen:
-            longitude, latitude = place.square.centre()
-            (x,), (y,) = rasterio.warp.transform("EPSG:4326", file.crs, [longitude], [latitude])
-            inside = file.bounds.left <= x < file.bounds.right and file.bounds.bottom < y <= file.bounds.top
-            found[place.id] = int(next(file.sample([(x, y)]))[0]) if inside else -1
+            (x,), (y,) = rasterio.warp.transform("EPSG:4326", file.crs, *([axis] for axis in place.square.centre()))
+            inside = [x + turn for turn in turns if file.bounds.left <= x + turn < file.bounds.right]
+            if not inside or not file.bounds.bottom < y <= file.bounds.top:
+                found[place.id] = -1
+            else:
+                found[place.id] = int(next(file.sample([(inside[0], y)]))[0])
     return found
 
 
@@ -249,20 +252,31 @@ def read_area(text: str, *, flag: str = "--area") -> shapely.Geometry:
     return shapely.box(west, south, east, north)
 
 
+_REQUIRE = (
+    "rows that each place must have, such as hr,s2; asked of outlines of images (SAFE, STAC) or boxes around them, not "
+    "of pixels: build leaves out places where they are empty"
+)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With defaults, and with the lines of the epilog as they are."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Nothing; the command line."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         description="Places that become samples, from a list of sources.",
+        epilog=sources.help_text(),
     )
-    parser.add_argument("--sources", type=pathlib.Path, required=True, help="TOML, see ingest/sources.py")
+    parser.add_argument("--sources", type=pathlib.Path, required=True, help="the list, LIST.toml: see below")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the manifest")
     parser.add_argument("--area", help="west,south,east,north in degrees, or GeoJSON, WKT or .poly; without: all")
     parser.add_argument("--land", help="GeoJSON, WKT or .poly of land; places elsewhere are left out")
     parser.add_argument("--land_cover", type=pathlib.Path, help="raster of classes to balance places by")
     parser.add_argument("--per_class", type=int, default=Choice.per_class, help="places of each class of it at most")
     parser.add_argument("--cells", type=int, default=64, help="side of a place in cells of 10 m")
-    parser.add_argument("--require", default="", help="rows that each place must have, such as hr,s2")
+    parser.add_argument("--require", default="", help=_REQUIRE)
     parser.add_argument("--validation_share", type=float, default=0.05, help="of the ground that is held out")
     parser.add_argument("--block_km", type=float, default=20.0, help="side of the blocks that are held out")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,9 +8,12 @@ import pathlib
 from xml.etree import ElementTree
 
 import numpy as np
+import shapely
+from shapely.errors import ShapelyError
 
 from skysense_jax.ingest.acquisitions import Acquisition, Layer
 from skysense_jax.ingest.geotiffs import bounds_of
+from skysense_jax.ingest.ground import footprint
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.ingest.sentinel import offset_of_baseline, product_day
 from skysense_jax.modalities import MODALITIES
@@ -49,17 +52,29 @@ def read_product(folder: pathlib.Path, *, name: str, source: str) -> Acquisition
     layers = {
         band: _layer(folder, images, band, "20m" if band in _IN_20M else "10m") for band in MODALITIES["s2"].bands
     }
+    bounds = bounds_of(layers["B2"])
     return Acquisition(
         id=name,
         source=source,
         modality="s2",
-        bounds=bounds_of(layers["B2"]),
+        bounds=bounds,
         layers=layers,
         classes=_layer(folder, images, "SCL", "20m"),
         day=product_day(found["PRODUCT_URI"]),
         offset=_offset(tree, baseline),
         rank=round(100 * baseline),
+        footprint=_footprint(tree, bounds),
     )
+
+
+def _footprint(tree: ElementTree.ElementTree, bounds: tuple[float, float, float, float]) -> shapely.Geometry | None:
+    """The ground with data, by the metadata's list of latitudes and longitudes in turn; None if there is none."""
+    text = tree.findtext(".//Global_Footprint/EXT_POS_LIST") or ""
+    try:
+        corners = np.array(text.split(), float).reshape(-1, 2)[:, ::-1]
+        return footprint(shapely.Polygon(corners), bounds)
+    except (ShapelyError, ValueError):
+        return None
 
 
 def _offset(tree: ElementTree.ElementTree, baseline: float) -> int:

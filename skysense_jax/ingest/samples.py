@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, _Find]] = {  # kind: (folder of the source, what fin
     "pan_osm": ("spacenet_samples", read_aerial.find_panchromatic),
     "extracts": ("osm_extracts", lambda folder, rows: read_aerial.find_extracts(folder)),
 }
+_FOLDERS = ", ".join(folder for folder, _ in KINDS.values())
 _NOTES = (".md", ".csv")  # files that describe others
 
 
@@ -91,9 +92,10 @@ def convert(source: pathlib.Path, out: pathlib.Path, *, modalities: Sequence[Mod
     Raises:
       ValueError: ``source`` is no folder of samples, ``out`` holds something, or not one sample came of it.
     """
-    if not any((source / folder).is_dir() for folder, _ in KINDS.values()):
-        wanted = ", ".join(folder for folder, _ in KINDS.values())
-        raise ValueError(f"--source: {source} has none of the folders {wanted}")
+    folders = [folder for folder, _ in KINDS.values()]
+    if not any((source / folder).is_dir() for folder in folders):
+        parent = f" (wanted its parent, {source.parent})" if source.resolve().name in folders else ""
+        raise ValueError(f"--source: {source} has none of the folders {_FOLDERS}{parent}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not empty; wanted a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from skysense_jax.modalities import MODALITIES, select
 
     parser = argparse.ArgumentParser(description="Small real samples as ArrayRecord files, one per kind.")
-    parser.add_argument("--source", type=pathlib.Path, required=True, help="folder with a folder per data set")
+    parser.add_argument(
+        "--source",
+        type=pathlib.Path,
+        required=True,
+        help=f"the folder that holds these folders, any of them: {_FOLDERS}",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the records")
     options = parser.parse_args(arguments)
     new = real_mix.get_config().data.new_modalities

@@ -103,7 +103,7 @@ def _acceptable(
     def joined(some: Sequence[int]) -> tuple[Series | None, str]:
         try:
             series = _joined(row, [acquisitions[i] for i in some], [dates[i] for i in some])
-            check_series(series, row, cells, row.name)
+            check_series(series, _hinting(row, acquisitions[some[0]]), cells, row.name)
         except (Refused, RecordError) as error:
             return None, str(error)
         return series, ""
@@ -121,6 +121,14 @@ def _acceptable(
     if series is None and left:
         rejected.append(Rejected("date", ", ".join(acquisitions[i].id for i in left), told))
     return series, rejected
+
+
+def _hinting(row: Modality, acquisition: Acquisition) -> Modality:
+    """The row, with a hint at the field of the list that says a radar's unit: nobody should convert files for it."""
+    if acquisition.unit != "dB":
+        return row
+    told = f'linear power that was taken for dB (wanted unit = "linear" for source {acquisition.source!r} in the list)'
+    return dataclasses.replace(row, wrong_unit_hint=told)
 
 
 def _failure(read: Callable[[Sequence[Acquisition]], Date], acquisition: Acquisition) -> Exception | None:

@@ -19,6 +19,7 @@ A file that comes to nothing is named with its reason, and the others go on. Nex
 import dataclasses
 import functools
 import pathlib
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -56,6 +57,13 @@ class Source:
     told: Mapping[pathlib.Path, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+# What each entry has, and what it says.
+ALWAYS: Mapping[str, str] = {
+    "name": "of the source, in messages, statistics and the card",
+    "kind": "how its files are read, see below",
+    "files": "a pattern from the list's own folder (** too), or a CSV or Parquet table of files; of stac an address",
+    "licence": "a text that goes into the card and every sample; if it is not known, say so",
+}
 # By kind: its further fields, and their types.
 KINDS: Mapping[str, Mapping[str, type]] = {
     "image": dict(modality=str, bands=list, day_pattern=str),
@@ -70,6 +78,15 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "stac": dict(modality=str, collections=list, bbox=list, dates=str, unit=str, sign=str),
     LABELS: dict(tags=str, coverage=str),
 }
+_FILES = {  # by kind what files are
+    "image": "rasters that GDAL opens",
+    "s2_safe": "Sentinel-2 Level-2A product folders",
+    "s2_geotiff": "Sentinel-2 Level-2A bands in one raster",
+    "s1": "Sentinel-1 backscatter, VV and VH in one file or two",
+    "cube": "NetCDF and HDF5",
+    "stac": "a static catalogue, or the address of an API",
+    LABELS: "OpenStreetMap as .osm.pbf, .osm or GeoJSON",
+}
 _NEEDED = (
     ("stac", "modality", "s2 or s1"),
     ("image", "modality", "the row of the table that its images are"),
@@ -77,7 +94,6 @@ _NEEDED = (
     ("s2_geotiff", "offset", f"0, or {BASELINE_OFFSET} where the numbers are those of baseline 04.00 or later"),
 )
 _OWN_KINDS = {"s2": "'s2_safe', 's2_geotiff' or 'stac', which know the offset", "s1": "'s1', which knows the unit"}
-_ALWAYS = ("name", "kind", "files", "licence")
 _PLACED = ("image", "s2_geotiff", "s1", "cube")  # the kinds whose files a table may tell day and place of
 _WORDS = dict(offset=(0, BASELINE_OFFSET), unit=("linear", "dB"), orbit=("ascending", "descending"))
 _ONLY_OF = dict(offset="s2", classes="s2", clouds="s2", unit="s1", orbit="s1")  # fields of a cube by its modality
@@ -90,6 +106,24 @@ class SourceList:
     sources: tuple[Source, ...]
     rows: tuple[Modality, ...]
     classes: tuple[Mapping[str, Any], ...] = ()
+
+
+def help_text() -> str:
+    """How a list is written, for a terminal: an example, the fields of all entries, and those of each kind."""
+    example = dict(name="aerial", kind="image", files="aerial/**/*.tif", licence="CC0-1.0", modality="hr")
+    needed = {(kind, field) for kind, field, _ in _NEEDED}
+    lines = ["LIST.toml has an entry for each source, all four of its first fields required:", "", "  [[source]]"]
+    lines += [f'  {field} = "{value}"' for field, value in example.items()]
+    lines += ["", *(f"  {field:8} {told}" for field, told in ALWAYS.items())]
+    lines += ["", "kinds: what their files are; further fields (required ones with *):", ""]
+    for kind, fields in KINDS.items():
+        listed = ", ".join(f"{field}{'*' if (kind, field) in needed else ''}" for field in fields)
+        listed = f"{_FILES[kind]}; {listed or 'none'}"
+        lines += textwrap.wrap(listed, 96, initial_indent=f"  {kind:11} ", subsequent_indent=" " * 14)
+    words = "; ".join(f"{field}: {', '.join(map(str, values))}" for field, values in _WORDS.items())
+    return "\n".join(
+        [*lines, "", f"{words}.", "Rows and classes of your own, and what each field means: docs/data.md."]
+    )
 
 
 def read_list(path: pathlib.Path) -> SourceList:
@@ -154,7 +188,7 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
     _check_types(entry, where)
     _check_values(entry, where)
     name, kind, licence = entry["name"], entry["kind"], entry["licence"]
-    options = {field: value for field, value in entry.items() if field not in _ALWAYS}
+    options = {field: value for field, value in entry.items() if field not in ALWAYS}
     options |= {field: float(value) for field, value in options.items() if KINDS[kind][field] is float}
     if kind == "stac" and "://" in entry["files"]:
         return Source(name, kind, licence, pathlib.Path(), (entry["files"],), options)
@@ -175,15 +209,15 @@ def _source(entry: Mapping[str, Any], path: pathlib.Path) -> Source:
 
 def _check_types(entry: Mapping[str, Any], where: str) -> None:
     """Raises ValueError if a field is missing, unknown, or of another type."""
-    for field in _ALWAYS:
+    for field in ALWAYS:
         if not isinstance(entry.get(field), str) or not entry[field]:
             raise ValueError(f"{where}: {field} = {entry.get(field)!r}; wanted a text")
     if entry["kind"] not in KINDS:
         raise ValueError(f"{where}: kind = {entry['kind']!r}; wanted one of {sorted(KINDS)}")
     known = KINDS[entry["kind"]]
     for field, value in entry.items():
-        if field not in (*_ALWAYS, *known):
-            raise ValueError(f"{where}: {field} is no field of {entry['kind']!r}; it has {sorted((*_ALWAYS, *known))}")
+        if field not in (*ALWAYS, *known):
+            raise ValueError(f"{where}: {field} is no field of {entry['kind']!r}; it has {sorted((*ALWAYS, *known))}")
         wanted = known.get(field, str)
         if not isinstance(value, (int, float) if wanted is float else wanted):
             raise ValueError(f"{where}: {field} = {value!r}; wanted a {wanted.__name__}")

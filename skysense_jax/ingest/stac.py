@@ -17,16 +17,20 @@ import pystac
 import pystac_client
 import rasterio.errors
 import shapely
+import shapely.geometry
 import urllib3
 from pystac.errors import STACError
 from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
+from shapely.errors import ShapelyError
 
 from skysense_jax.data.sample import ORBITS, UNDATED
 from skysense_jax.ingest import geotiffs, remote, sentinel
 from skysense_jax.ingest.acquisitions import Acquisition, Layer, Rejected
 from skysense_jax.ingest.dates import Interval, interval, utc
+from skysense_jax.ingest.grids import wrapped
+from skysense_jax.ingest.ground import footprint
 from skysense_jax.ingest.places import boxes_of
 from skysense_jax.ingest.rasters import Refused
 
@@ -88,13 +92,14 @@ def items(
       Refused: the catalogue does not answer after several tries, or is none; ``bbox`` is none.
     """
     lost = [] if lost is None else lost
-    boxes = boxes_of(edges_of(bbox)) if bbox else []
+    edges = edges_of(bbox) if bbox else None
+    boxes = boxes_of(edges) if edges else []
     within = interval(dates) if dates else Interval()
     retry = urllib3.Retry(_TRIES, backoff_factor=_BACKOFF, status_forcelist=_BUSY, allowed_methods=None)
     try:
         client = pystac_client.Client.open(href, stac_io=StacApiIO(max_retries=retry, timeout=_TIMEOUT_S))
         if client.conforms_to("ITEM_SEARCH"):
-            asked = dict(collections=list(collections) or None, bbox=list(bbox) or None, datetime=within.asked())
+            asked = dict(collections=list(collections) or None, bbox=edges and list(edges), datetime=within.asked())
             yield from client.search(**asked).items()
         else:
             for item in _linked(client, client, lost, set()):
@@ -188,7 +193,15 @@ def read_item(item: pystac.Item, *, modality: str, source: str, unit: str = "", 
             raise Refused(f"unit = {unit!r} in the list, and the item says {told!r}")
         unit = unit or told or remote.again(lambda: geotiffs.unit_of(opening(layers["VV"])))
         facts |= dict(orbit=orbit if orbit in ORBITS else "unknown", unit=unit)
-    return Acquisition(item.id, source, modality, bounds, layers, **facts)
+    return Acquisition(item.id, source, modality, bounds, layers, footprint=_footprint(item, bounds), **facts)
+
+
+def _footprint(item: pystac.Item, bounds: tuple[float, float, float, float]) -> shapely.Geometry | None:
+    """The ground that an item's geometry says it shows, None if that is no part of ``bounds``."""
+    try:
+        return footprint(shapely.geometry.shape(item.geometry), bounds) if item.geometry else None
+    except (ShapelyError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _unit(item: pystac.Item) -> str:
@@ -210,15 +223,17 @@ def _unit(item: pystac.Item) -> str:
 
 
 def edges_of(bbox: Any) -> tuple[float, float, float, float]:
-    """West, south, east, north of a box as JSON has it, perhaps with heights; raises Refused if it is none."""
+    """West, south, east, north of a box as JSON has it, perhaps with heights or beyond 180 degrees.
+
+    West > east where it crosses 180 degrees. Raises Refused if it is none.
+    """
     try:
         edges = np.array(bbox, float)
     except (TypeError, ValueError):
         edges = np.zeros(0)
     if edges.shape not in ((4,), (6,)) or not np.isfinite(edges).all():
         raise Refused(f"bbox = {bbox!r}; wanted west, south, east, north in degrees")
-    west, south, east, north = (edges if len(edges) == 4 else edges[[0, 1, 3, 4]]).tolist()
-    return west, south, east, north
+    return wrapped(*(edges if len(edges) == 4 else edges[[0, 1, 3, 4]]).tolist())
 
 
 def _baseline(item: pystac.Item) -> float | None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 from jaxtyping import Bool, Float, Int64
 
+from skysense_jax.ingest.acquisitions import row_of_date
 from skysense_jax.ingest.dataset import Dataset
 from skysense_jax.ingest.suspicions import Look
 from skysense_jax.modalities import Modality
@@ -32,7 +33,8 @@ class OfRow:
 
     Attributes:
       samples: that have it; ``dates``: of all of them together; ``undated`` of those measured.
-      hidden: mean share that clouds hide.
+      hidden: mean share that clouds hide; ``missing``: without data, None where the index does not say it.
+      left_out: dates that came to nothing.
       num_dates: how many samples have how many dates (0: samples that lack the row).
       hidden_counts: how many samples in each tenth of the hidden share.
       months: how many dates of those measured, by month since 1970-01.
@@ -43,6 +45,8 @@ class OfRow:
     dates: int
     undated: int
     hidden: float
+    missing: float | None
+    left_out: int
     num_dates: Mapping[int, int]
     hidden_counts: Int64[np.ndarray, "N"]
     months: Mapping[int, int]
@@ -58,7 +62,7 @@ class Survey:
       rows: by name, those that some sample has.
       days: the first and the last, None without any.
       mapped: samples that have a label map; ``class_pixels`` and ``class_samples``: by class id, 0 = nothing mapped.
-      rejected: what came to nothing, and why with numbers and names left out: how often.
+      rejected: what came to nothing, and why with numbers and names left out: how often, and one of them as it is.
     """
 
     splits: Mapping[str, int]
@@ -71,7 +75,7 @@ class Survey:
     mapped: int
     class_pixels: Int64[np.ndarray, "L"]
     class_samples: Int64[np.ndarray, "L"]
-    rejected: Mapping[tuple[str, str], int]
+    rejected: Mapping[tuple[str, str], tuple[int, str]]
 
     @property
     def placed(self) -> int:
@@ -85,8 +89,9 @@ def survey(dataset: Dataset, together: Mapping[str, Look]) -> Survey:
     splits = column("split")
     first, last = pc.min(column("first_day")).as_py(), pc.max(column("last_day")).as_py()
     mapped, pixels, samples = _classes(dataset.index, dataset.labels.num_classes)
+    rejected, left_out = _rejected(dataset.folder / "rejected.jsonl")
     rows = {
-        row.name: _of_row(dataset, row, together[row.name])
+        row.name: _of_row(dataset, row, together[row.name], left_out[row.name])
         for row in dataset.rows
         if f"dates_{row.name}" in dataset.index.schema.names
     }
@@ -101,15 +106,17 @@ def survey(dataset: Dataset, together: Mapping[str, Look]) -> Survey:
         mapped=mapped,
         class_pixels=pixels,
         class_samples=samples,
-        rejected=_rejected(dataset.folder / "rejected.jsonl"),
+        rejected=rejected,
     )
 
 
-def _of_row(dataset: Dataset, row: Modality, seen: Look) -> OfRow:
+def _of_row(dataset: Dataset, row: Modality, seen: Look, left_out: int) -> OfRow:
     names = [f"dates_{row.name}", f"hidden_{row.name}"]
     table = dataset.index.to_table(columns=names)
     dates, hidden = (_numbers(table[name]) for name in names)
-    having = np.isfinite(dates)
+    having, column = np.isfinite(dates), f"missing_{row.name}"
+    known = column in dataset.index.schema.names  # not in an index of an older build
+    missing = pc.mean(dataset.index.to_table(columns=[column])[column].cast(pa.float64())).as_py() if known else None
     counts = Counter(np.where(having, dates, 0).astype(int).tolist())
     months: Counter[int] = Counter()
     for day in np.flatnonzero(seen.days):
@@ -120,6 +127,8 @@ def _of_row(dataset: Dataset, row: Modality, seen: Look) -> OfRow:
         dates=int(dates[having].sum()),
         undated=seen.undated,
         hidden=float(hidden[having].mean()) if having.any() else 0.0,
+        missing=missing,
+        left_out=left_out,
         num_dates=counts,
         hidden_counts=np.histogram(hidden[having], HIDDEN_BINS, (0, 1))[0],
         months=months,
@@ -139,15 +148,20 @@ def _classes(index: pa.dataset.Dataset, num_classes: int) -> tuple[int, np.ndarr
     return num, pixels, samples
 
 
-def _rejected(path: pathlib.Path) -> Mapping[tuple[str, str], int]:
-    """How often files, dates and places came to nothing, by reason without its numbers and names."""
+def _rejected(path: pathlib.Path) -> tuple[Mapping[tuple[str, str], tuple[int, str]], Counter[str]]:
+    """What ``Survey.rejected`` has, and by row of the modality table the dates that came to nothing."""
     counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    left_out: Counter[str] = Counter()
     if path.exists():
         with path.open() as lines:
             for entry in map(json.loads, lines):
-                reason = _NUMBERS.sub("#", _NAMES.sub("…", entry["reason"]))
-                counts[entry.get("what", "file"), reason] += 1
-    return counts
+                what = entry.get("what", "file")
+                kind = what, _NUMBERS.sub("#", _NAMES.sub("…", entry["reason"]))
+                counts[kind] += 1
+                examples.setdefault(kind, f"{entry['name']}: {entry['reason']}")
+                left_out[row_of_date(entry["name"])] += what == "date"
+    return {kind: (number, examples[kind]) for kind, number in counts.items()}, left_out
 
 
 def _counted(column: pa.ChunkedArray) -> dict[str, int]:

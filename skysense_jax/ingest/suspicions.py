@@ -4,9 +4,11 @@ A suspicion is no verdict: snow, deserts and lakes look odd too. Rules read figu
 column, so that millions of samples take little memory. Next: inspect.py, which shows the samples.
 """
 
+import csv
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ from skysense_jax.modalities import Modality
 
 Where = tuple[str, int]  # a sample: its file without the suffix, and its number there
 _WHERE = ("shard", "record")
+_NAMED = ("id", *_WHERE)
 _FAR = 3.0  # standard deviations of the table
 _CLIPPED, _FULL_SCALE, _FILLED, _UNSEEN = 0.1, 0.2, 0.05, 0.8  # shares
 _FAR_KM = 2.0  # a place's centre lies within 1.9 km of the corner in its name, however many cells it has
@@ -126,9 +129,18 @@ class Suspicions:
     A sample counts once for each row of the modality table in which a kind is found.
     """
 
-    def __init__(self, *, keep: int, always: Collection[Where] = ()):
-        """``keep``: of each kind how many to remember; ``always``: samples of which everything is remembered."""
+    def __init__(self, *, keep: int, always: Collection[Where] = (), listing: TextIO | None = None):
+        """What begins empty.
+
+        Args:
+          keep: of each kind how many to remember.
+          always: samples of which everything is remembered.
+          listing: where all are written, as CSV, whether remembered or not.
+        """
         self._keep, self._always = keep, frozenset(always)
+        self._listing = None if listing is None else csv.writer(listing, lineterminator="\n")
+        if self._listing is not None:
+            self._listing.writerow(("suspicion", "sample", "file", "record", "figure", "told"))
         self.counts: dict[str, int] = {}
         self._worst: dict[str, list[Hit]] = {}
         self._others: list[Hit] = []
@@ -146,6 +158,7 @@ class Suspicions:
         if not len(rows):
             return
         self.counts[kind] = self.counts.get(kind, 0) + len(rows)
+        self._list(kind, batch, rows, figures, told)
         hits = lambda rows: [  # noqa: E731
             Hit(kind, float(figures[row]), shard, record, told(int(row)))
             for row, shard, record in zip(rows, *(batch[name].take(pa.array(rows)).to_pylist() for name in _WHERE))
@@ -154,6 +167,20 @@ class Suspicions:
         worst = sorted([*self._worst.get(kind, ()), *worst], key=lambda hit: (-hit.figure, *hit.where))
         self._worst[kind] = worst[: self._keep]
         self._others += hits(self._of_always(batch, rows))
+
+    def _list(self, kind: str, batch: Any, rows: np.ndarray, figures: np.ndarray, told: Callable[[int], str]) -> None:
+        if self._listing is None:
+            return
+        title, names = KINDS[_RANK[kind]].title, (batch[name].take(pa.array(rows)).to_pylist() for name in _NAMED)
+        for row, name, shard, record in zip(rows, *names):
+            self._listing.writerow((title, name, shard, record, f"{figures[row]:.6g}", told(int(row))))
+
+    def add_unreadable(self, damaged: Mapping[Where, str]) -> None:
+        """Counts records that cannot be read, with what was said of each."""
+        self.counts["unreadable"] = len(damaged)
+        if self._listing is not None:
+            title = KINDS[_RANK["unreadable"]].title
+            self._listing.writerows((title, "", *where, 1, told) for where, told in damaged.items())
 
     def _of_always(self, batch: pa.RecordBatch | pa.Table, rows: np.ndarray) -> np.ndarray:
         """Those of the rows that are of samples to be remembered whatever they are."""

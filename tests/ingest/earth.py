@@ -9,7 +9,6 @@ import netCDF4
 import numpy as np
 import pyproj
 import rasterio
-import rasterio.warp
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
@@ -24,8 +23,7 @@ def centres(transform, height, width, epsg):
     xs, ys = transform @ (columns, rows)
     if epsg == ZONE:
         return xs, ys
-    found = rasterio.warp.transform(CRS.from_epsg(epsg), CRS.from_epsg(ZONE), xs.ravel().tolist(), ys.ravel().tolist())
-    return (np.reshape(axis, xs.shape) for axis in found)
+    return pyproj.Transformer.from_crs(epsg, ZONE, always_xy=True).transform(xs, ys)
 
 
 def waves(x, y, *, length_m, mean, height):

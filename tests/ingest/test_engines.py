@@ -103,7 +103,7 @@ def test_what_beam_left_when_it_was_killed_is_finished_by_either(archive, local,
     assert _files(tmp_path / "other") == local
 
 
-def test_file_out_of_reach_of_beam_is_listed_and_asked_for_again_by_either(archive, local, tmp_path):
+def test_file_out_of_reach_of_beam_is_listed_and_asked_for_again_by_either(archive, local, tmp_path, capsys):
     product = next((archive / "s2").glob("*20220601*"))
     product.rename(archive / "away")
     try:
@@ -113,6 +113,10 @@ def test_file_out_of_reach_of_beam_is_listed_and_asked_for_again_by_either(archi
     told = [json.loads(line)["reason"] for line in (tmp_path / "out" / plan.REJECTED).read_text().splitlines()]
     assert len(told) == 8
     assert all(reason.startswith("unreachable: ") for reason in told)
+    said = capsys.readouterr().err.splitlines()  # start and end alone
+    assert said[0] == "8 places in 8 shards are planned"
+    assert said[-1].startswith("made 8 of 8 shards in ")
+    assert not any(" samples, " in line for line in said)
     _build(archive, tmp_path / "out")
     assert _files(tmp_path / "out") == local
 

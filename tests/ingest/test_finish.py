@@ -16,6 +16,7 @@ from skysense_jax.ingest.histograms import Histograms
 from skysense_jax.modalities import MODALITIES, OSM
 
 ROWS = tuple(MODALITIES.values())
+PER_ROW = ("dates", "hidden", "missing")
 
 
 def _sample(rng, shard, record):
@@ -30,6 +31,9 @@ def _sample(rng, shard, record):
         latitude=float(rng.uniform(-80, 84)) if rng.random() < 0.9 else None,
         dates={name: int(rng.integers(1, 9)) for name in seen},
         hidden={name: float(rng.random()) for name in seen},
+        **(
+            {} if record == 1 else dict(missing={name: float(rng.random()) for name in seen})
+        ),  # of an older build: none
         first_day=int(rng.integers(15_000, 16_000)) if dated else None,
         last_day=int(rng.integers(16_000, 19_000)) if dated else None,
         classes=rng.integers(0, 99, OSM.num_classes + 1).tolist() if rng.random() < 0.5 else None,
@@ -60,7 +64,7 @@ def _parts(out, num, size=7):
     made = [folder.Shard(split, i, of[split], 0, 0) for split in of for i in range(of[split])]
     for number, shard in enumerate(made):
         some = [_sample(rng, shard, record) for record in range(0 if number % 5 == 0 else size)]
-        rejected = [dict(what="date", name=f"{shard.name} {i}", reason="clouds") for i in range(number % 3)]
+        rejected = [dict(what="date", name=f"{shard.name} s2: {i}", reason="clouds") for i in range(number % 3)]
         part = out / folder.PARTS / f"{shard.name}.json"
         counts, figured = pathlib.Path(part.with_suffix(".npz")), pathlib.Path(part.with_suffix(".parquet"))
         Histograms(ROWS).save(counts)
@@ -75,10 +79,8 @@ def test_index_card_and_rejects_are_those_of_all_samples_at_once(tmp_path, monke
     out = epath.Path(tmp_path)
     maker, samples = _parts(out, 31)
     table = folder.finish(maker, out)
-    columns = {
-        f"{key}_{row.name}": [s[key].get(row.name) for s in samples] for key in ("dates", "hidden") for row in ROWS
-    }
-    plain = [key for key in samples[0] if key not in ("dates", "hidden")]
+    columns = {f"{key}_{row.name}": [s.get(key, {}).get(row.name) for s in samples] for key in PER_ROW for row in ROWS}
+    plain = [key for key in samples[0] if key not in PER_ROW]
     file = pq.ParquetFile(out / "index.parquet")
     assert file.read().equals(pa.table({key: [s[key] for s in samples] for key in plain} | columns))
     assert {file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups - 1)} == {21}
@@ -92,14 +94,17 @@ def test_index_card_and_rejects_are_those_of_all_samples_at_once(tmp_path, monke
     card = (out / "README.md").read_text()
     longitudes, latitudes = ([s[key] for s in samples if s[key] is not None] for key in ("longitude", "latitude"))
     last = np.datetime64(max(s["last_day"] or 0 for s in samples), "D")
-    hidden = [s["hidden"]["s2"] for s in samples if "s2" in s["hidden"]]
+    hidden, missing = ([s[key]["s2"] for s in samples if "s2" in s.get(key, {})] for key in ("hidden", "missing"))
+    dates = sum(s["dates"].get("s2", 0) for s in samples)
+    assert 0 < len(missing) < len(hidden)
     total = np.sum([s["classes"] for s in samples if s["classes"]], axis=0)
     for wanted in (
         f"- {len(samples)} samples: {len(of_train)} train, {len(samples) - len(of_train)} validation",
         f"between {min(longitudes):.4f} and {max(longitudes):.4f} degrees east, {min(latitudes):.4f} and",
         f"to {last}",
         f"- {len(rejected)} files, dates and places came to nothing",
-        f"| {len(hidden)} | {sum(s['dates'].get('s2', 0) for s in samples)} | {np.mean(hidden):.1%} | 10 m |",
+        "| row | unit | pixel | samples | dates | dates left out | under cloud | no data |",
+        f"| 10 m | {len(hidden)} | {dates} | {len(rejected) - 1} | {np.mean(hidden):.1%} | {np.mean(missing):.1%} |",
         f"| water | {total[1] / total.sum():.2%} |",
     ):
         assert wanted in card, card
@@ -123,7 +128,7 @@ def test_memory_of_the_end_does_not_grow_with_the_samples(tmp_path, monkeypatch)
 def test_build_without_a_sample_says_why_and_keeps_the_reasons(tmp_path):
     out = epath.Path(tmp_path)
     maker, _ = _parts(out, 4, size=0)
-    told = r"not one sample was made; .*says why:\n  a/x: no\n  train-00001-of-00003 0: clouds"
+    told = r"not one sample was made; .*says why:\n  a/x: no\n  train-00001-of-00003 s2: 0: clouds"
     with pytest.raises(ValueError, match=told):
         folder.finish(maker, out)
     assert sorted(path.name for path in out.iterdir()) == ["parts", "rejected.jsonl"]

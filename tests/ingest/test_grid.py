@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+import rasterio
+import rasterio.transform
 import rasterio.warp
 import shapely
 
-from skysense_jax.ingest import places
+from skysense_jax.ingest import ground, places, plan
 from skysense_jax.ingest.acquisitions import Acquisition
 
 
@@ -84,6 +86,51 @@ def test_places_know_the_acquisitions_that_may_show_them():
     assert len(seen) < len(found)
     for place in seen:
         assert (0 in place.acquisitions) == shapely.box(*bounds[0]).intersects(_in_degrees(place))
+
+
+def test_acquisition_with_a_footprint_shows_no_more_than_that():
+    found = list(places.grid(shapely.box(11.0, 48.0, 11.3, 48.1), cells=64))
+    bounds, outline = (11.0, 48.0, 11.3, 48.1), shapely.Polygon([(11.0, 48.0), (11.1, 48.0), (11.2, 48.1), (11, 48.1)])
+    known = ground.footprint(outline, bounds)
+    looks = [Acquisition(str(i), "x", "s2", bounds, {}, footprint=f) for i, f in enumerate((None, known))]
+    seen = places.seen_by(found, looks)
+    assert len(seen) == len(found)
+    showing = {place.id for place in seen if place.acquisitions == (0, 1)}
+    assert {place.id for place in seen if outline.intersects(_in_degrees(place))} <= showing
+    far = [place for place in seen if _in_degrees(place).distance(outline) > 0.05]
+    assert len(far) > 100
+    assert not showing & {place.id for place in far}
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        shapely.Polygon([(48.0, 11.0), (48.0, 11.3), (48.1, 11.0)]),  # latitude first
+        shapely.box(-179.0, 48.0, 179.0, 48.1),  # across 180 degrees as one ring
+        shapely.LineString([(11.0, 48.0), (11.3, 48.1)]),
+        shapely.Polygon(),
+    ],
+)
+def test_outline_that_is_none_of_the_bounds_is_no_footprint(outline):
+    assert ground.footprint(outline, (11.0, 48.0, 11.3, 48.1)) is None
+
+
+def test_class_of_a_place_west_of_greenwich_is_that_of_a_raster_that_goes_on_to_360(tmp_path):
+    path, size = tmp_path / "cover.tif", 0.5
+    west_to_east, to_360 = np.meshgrid(np.arange(720), np.arange(360))[0], tmp_path / "to_360.tif"
+    classes = (1 + west_to_east // 10).astype(np.uint8)  # of 5 degrees, from 180 west
+    how = dict(driver="GTiff", height=360, width=720, count=1, dtype="uint8", crs="EPSG:4326")
+    for name, west, pixels in ((path, -180, classes), (to_360, 0, np.roll(classes, 360, axis=1))):
+        with rasterio.open(name, "w", transform=rasterio.transform.from_origin(west, 90, size, size), **how) as file:
+            file.write(pixels, 1)
+    squares = [
+        place
+        for longitude in (-179.5, -61.0, -0.5, 0.5, 11.0, 179.5)
+        for place in itertools.islice(places.grid(shapely.box(longitude, 48.0, longitude + 0.02, 48.02), cells=64), 1)
+    ]
+    found = plan._classes(squares, to_360)
+    assert list(found.values()) == [1, 24, 36, 37, 39, 72]
+    assert plan._classes(squares, path) == found
 
 
 def test_bounds_across_180_degrees_are_two_boxes():

@@ -1,10 +1,12 @@
 """The page of a dataset, opened in a real browser: it shows what the dataset has, on a phone and by night too."""
 
+import csv
 import dataclasses
 import html
 import json
 import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +34,10 @@ def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("archive")
     where = dict(west=earth.WEST - 60, north=earth.NORTH + 60, side_m=760)
     cloudy = lambda x, y: (x < earth.WEST + 240) & (y > earth.NORTH - 100)  # noqa: E731
+    empty = lambda x, y: (x > earth.WEST + 520) & (y < earth.NORTH - 300)  # noqa: E731
     for number, day in enumerate(DAYS):
-        folder = earth.write_safe(root / "s2", day=day, baseline="0301", scl=cloudy if number == 1 else None, **where)
+        odd = dict(scl=cloudy if number == 1 else None, empty=empty if number == 0 else None)
+        folder = earth.write_safe(root / "s2", day=day, baseline="0301", **odd, **where)
         for path in folder.rglob("*_B*_*0m.jp2") if number == 2 else ():  # as if an offset were left in one date
             with earth.rasterio.open(path, "r") as file:
                 pixels, how = file.read() + np.uint16(1200), dict(crs=file.crs, transform=file.transform, count=1)
@@ -213,7 +217,7 @@ def test_tables_say_what_the_dataset_has(browser, dataset, page):
             " [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent))]))"
         )
     having = {row[0]: row[1:] for row in tables["What samples have"]}
-    assert having["s2"][:3] == ["10 m", str(len(rows)), str(sum(row["dates_s2"] for row in rows))]
+    assert having["s2"][:4] == ["10 m", str(len(rows)), "0", str(sum(row["dates_s2"] for row in rows))]
     assert having["hr"][0] == "0.3125 m"
     (caption,) = (name for name in tables if name.startswith("s2, "))
     assert caption == f"s2, {statistics['s2']['pixels']:,} valid pixels of all samples to train on"
@@ -229,6 +233,59 @@ def test_tables_say_what_the_dataset_has(browser, dataset, page):
     told = {row[0]: row[1] for row in tables["The gravest first"]}
     assert told["offset in the numbers"] == str(len(rows))
     assert set(told) >= {"nothing on the map"}
+
+
+def test_pixels_without_data_and_dates_that_were_left_out_are_summed_up(dataset, page):
+    samples = [_sample(dataset, row) for row in _index(dataset)]
+    rejected = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
+    card = (dataset / "README.md").read_text()
+    for name in ("hr", "s2", "s1"):
+        missing = np.mean([(~sample.series[name].valid).mean() for sample in samples])
+        left_out = sum(entry["what"] == "date" and f" {name}: " in entry["name"] for entry in rejected)
+        if name == "s2":
+            assert (0.01 < missing < 0.1, left_out > 0) == (True, True)
+        cells = re.search(rf'<th scope="row">{name}</th>(.*?)</tr>', page.read_text())[1]
+        cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>([^<]*)</td>", cells)]
+        dates = sum(len(sample.series[name].days) for sample in samples)
+        hidden = np.mean([sample.series[name].cloud.mean() for sample in samples])
+        assert cells[1:-1] == [str(len(samples)), "0", str(dates), str(left_out), f"{hidden:.1%}", f"{missing:.1%}"]
+        assert f"| {len(samples)} | {dates} | {left_out} | {hidden:.1%} | {missing:.1%} |\n" in card
+
+
+def test_reason_has_an_example_with_its_numbers_and_suspicions_are_all_listed(dataset, page):
+    text = html.unescape(page.read_text())
+    rejected = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
+    assert len(rejected) > 5
+    shown = re.findall(r'<td class="words">([^<]*)</td><td class="words">([^<]*)</td></tr>', text)
+    examples = {f"{entry['name']}: {entry['reason']}" for entry in rejected}
+    assert shown
+    for reason, example in shown:
+        assert example in examples
+        assert re.search(r"\d", example)
+        assert reason.count("#") > 0 or reason in example
+    with page.with_suffix(".csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    counts = Counter(row["suspicion"] for row in listed)
+    told = re.findall(r'<span id="\w+">([^<]*)</span></th><td class="number">([\d,]+)</td>(.*?)</tr>', text)
+    assert {title: int(number) for title, number, _ in told} == counts
+    places = {(row["shard"], row["record"]): row["id"] for row in _index(dataset)}
+    assert all(places[row["file"], int(row["record"])] == row["sample"] for row in listed)
+    more = {title: (words.count("<a "), re.search(r" and (\d+) more\.", words)) for title, _, words in told}
+    for title, (links, further) in more.items():
+        assert links <= 5
+        assert bool(further) == (links > 0 and counts[title] > links)
+        assert further is None or int(further[1]) == counts[title] - links
+    assert any(links == 5 and further for links, further in more.values())
+    assert "in the CSV file beside this page" in text
+
+
+def test_index_of_an_older_build_says_that_missing_pixels_were_not_counted(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "old")
+    table = pq.read_table(dataset / "index.parquet")
+    names = [name for name in table.column_names if name.startswith("missing_")]
+    assert len(names) == 3
+    pq.write_table(table.drop_columns(names), tmp_path / "old" / "index.parquet")
+    assert inspect.inspect(tmp_path / "old", num_samples=1).count(">not counted<") == 3
 
 
 def test_figures_that_a_build_wrote_are_those_of_its_records(dataset):

@@ -155,18 +155,48 @@ def test_place_that_a_file_does_not_cover_has_no_map(tmp_path):
     assert not empty.draw(SQUARE).any()  # covered, and nothing mapped
 
 
+@pytest.mark.parametrize(
+    ("gap", "covering"),
+    [(0.0, ["east", "west"]), (-1e-4, ["east", "west"]), (1e-9, ["east", "west"]), (1e-4, []), (-1.0, ["both"])],
+)
+def test_place_at_the_border_of_two_extracts_shows_what_both_have(tmp_path, gap, covering):
+    """Neither covers it alone; a gap of 7 m (1e-4 degrees) is one."""
+    features, bounds, _ = _read(_osm(tmp_path / "a.osm"))
+    west, south, east, north = bounds
+    middle = (west + east) / 2
+    writer = labels.Writer(tmp_path / "labels.parquet")
+    for name, low, high in (("east", middle, east), ("west", west, middle)):
+        writer.add(name, [f for f in features if low <= f.geometry.centroid.x < high])
+    writer.close(["east", "west"])
+    grounds = dict(
+        east=(middle + gap, south, east, north), west=(west, south, middle, north), away=(0.0, 0.0, 1.0, 1.0)
+    )
+    if covering == ["both"]:
+        grounds = dict(both=bounds, west=grounds["west"])
+    maps = labels.LabelMaps(tmp_path / "labels.parquet", [labels.Coverage(*item) for item in grounds.items()])
+    assert maps.covering(SQUARE) == covering
+    found, wanted = maps.draw(SQUARE), osm.draw(features, SQUARE, crs=CRS.from_epsg(4326))
+    if len(covering) == 2:
+        assert {ID["building"], ID["forest"], ID["road"]} <= set(np.unique(wanted).tolist())
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        assert found is None or not found.any()
+
+
 def test_file_without_bounds_covers_its_objects(tmp_path):
     features, bounds, _ = _read(_osm(tmp_path / "a.osm", bounds=False))
     assert bounds == tuple(shapely.total_bounds([feature.geometry for feature in features]))
 
 
-def test_table_finds_the_objects_of_a_place_among_many(tmp_path):
+def test_table_finds_the_objects_of_a_place_among_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "_ROW_GROUP", 300)
     rng = np.random.default_rng(0)
-    corners = rng.uniform((11.7, 49.5), (12.0, 49.8), (30_000, 2))
+    corners = rng.uniform((11.77, 49.59), (11.92, 49.74), (4_000, 2))
     many = [osm.Feature("building", shapely.box(x, y, x + 2e-4, y + 1e-4)) for x, y in corners]
     maps = _maps(tmp_path, many, (11.7, 49.5, 12.1, 49.9))
     square = Square(WEST, NORTH, 64, SQUARE.crs)
     wanted = osm.draw(many, square, crs=CRS.from_epsg(4326))
+    assert pq.ParquetFile(tmp_path / "labels.parquet").metadata.num_row_groups == 14
     assert (wanted > 0).any()
     np.testing.assert_array_equal(maps.draw(square), wanted)
 
@@ -301,7 +331,7 @@ def test_table_is_that_of_one_sort_of_everything(tmp_path):
 
 
 def test_objects_far_from_the_places_are_not_kept_and_no_map_changes(tmp_path):
-    features = _boxes(np.random.default_rng(2), 9_000, 11.7, 12.1, 49.5, 49.8)
+    features = _boxes(np.random.default_rng(2), 3_000, 11.76, 11.96, 49.56, 49.78)
     places = [Square(WEST, NORTH + 900.0 * number, 32, SQUARE.crs) for number in (0, 9)]
     near = labels.Near(np.array([place.degrees() for place in places]))
     writer = labels.Writer(tmp_path / "labels.parquet", near=near)

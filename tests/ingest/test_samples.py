@@ -373,6 +373,16 @@ def test_convert_a_folder_of_something_else_is_refused(tmp_path):
         samples.convert(tmp_path, tmp_path / "out", modalities=tuple(MODALITIES.values()))
 
 
+def test_convert_a_folder_of_one_data_set_names_its_parent(made_up, tmp_path, capsys):
+    told = rf"--source: .*spacenet_samples has none of the folders .*\(wanted its parent, {re.escape(str(made_up))}\)"
+    with pytest.raises(ValueError, match=told):
+        samples.convert(made_up / "spacenet_samples", tmp_path / "out", modalities=tuple(MODALITIES.values()))
+    with pytest.raises(SystemExit):
+        samples.main(["--help"])
+    told = "".join(capsys.readouterr().out.split())
+    assert all(folder in told for folder, _ in samples.KINDS.values())
+
+
 def test_convert_without_rows_for_other_imagery_rejects_it(made_up, tmp_path):
     report = samples.convert(made_up, tmp_path / "out", modalities=tuple(MODALITIES.values()))
     reasons = {entry.name: entry.reason for entry in report.rejected}

@@ -295,6 +295,16 @@ def test_backscatter_is_the_decibels_of_mean_power(tmp_path, unit, size):
     assert series.native_gsd_m == pytest.approx(size)
 
 
+def test_linear_power_in_a_list_that_says_decibels_names_the_field(tmp_path):
+    earth.write_radar(tmp_path / "a.tif")
+    found = geotiffs.read_radar(dict.fromkeys(("VV", "VH"), tmp_path / "a.tif"), name="a", source="radar", unit="dB")
+    series, rejected = read_series([found], PLACE.square, S1, min_clear_share=0.1)
+    assert series is None
+    assert "band VV: mean 0.10" in rejected[0].reason
+    assert """taken for dB (wanted unit = "linear" for source 'radar' in the list)""" in rejected[0].reason
+    assert "10 log10)" not in rejected[0].reason
+
+
 def test_band_that_no_file_has_is_never_filled_in(tmp_path):
     folder = earth.write_safe(tmp_path)
     product = safe.read_product(folder, name="a", source="s2")

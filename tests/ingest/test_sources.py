@@ -1,10 +1,13 @@
 """What sources hold, and every way in which a file of theirs comes to nothing, with its reason."""
 
+import re
+
 import numpy as np
 import pytest
+import shapely
 from rasterio.transform import from_origin
 
-from skysense_jax.ingest import geotiffs, names, safe, sources
+from skysense_jax.ingest import geotiffs, ground, names, plan, safe, sources
 from skysense_jax.ingest.rasters import Refused
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -175,6 +178,46 @@ def test_product_with_other_metadata_is_refused(tmp_path, old, new, told):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(Refused, match=told):
         safe.read_product(folder, name="a", source="x")
+
+
+def test_footprint_of_a_product_is_that_of_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr(ground, "_LOOSE", 3e-4)
+    folder = earth.write_safe(tmp_path, side_m=200)
+    path = folder / safe.METADATA
+    whole = safe.read_product(folder, name="a", source="x")
+    assert whole.footprint is None
+    west, south, east, north = whole.bounds
+    ring = [(south, west), (south, west + 0.001), (north, west + 0.002), (north, west), (south, west)]  # latitude first
+    end = "</n1:Level-2A_User_Product>"
+    for points in (ring, [point[::-1] for point in ring], [("x", "y")]):
+        text = " ".join(f"{a} {b}" for a, b in points)
+        told = f"<Global_Footprint><EXT_POS_LIST>{text}</EXT_POS_LIST></Global_Footprint>"
+        path.write_text(re.sub(f"(<Global_F.*)?{end}", told + end, path.read_text()))
+        found = safe.read_product(folder, name="a", source="x").footprint
+        if points is ring:
+            wanted = shapely.Polygon([point[::-1] for point in ring])
+            assert found.covers(wanted)
+            assert found.difference(wanted.buffer(3.1e-4)).is_empty
+            assert shapely.box(*whole.bounds).covers(found)
+            assert east - found.bounds[2] > 3e-4
+        else:
+            assert found is None
+
+
+def test_help_says_how_a_list_is_written(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    told = capsys.readouterr().out
+    example = re.search(r"  \[\[source\]\]\n((  \w+ = .*\n)+)", told)[0]
+    (tmp_path / "aerial").mkdir()
+    (tmp_path / "aerial" / "a.tif").touch()
+    (tmp_path / "list.toml").write_text(example)
+    (source,) = sources.read_list(tmp_path / "list.toml").sources
+    assert (source.kind, source.licence, source.options) == ("image", "CC0-1.0", {"modality": "hr"})
+    words = set(re.findall(r"\w+", told))
+    for kind, fields in sources.KINDS.items():
+        assert {kind, *fields} <= words
+    assert {"linear", "dB", "ascending", "descending", "empty"} <= words
 
 
 def test_folder_without_metadata_is_refused(tmp_path):

@@ -14,7 +14,8 @@ from rasterio.transform import from_origin
 from shapely.geometry import box, mapping
 
 from skysense_jax.data.records import RecordSource
-from skysense_jax.ingest import build, plan, sources, stac
+from skysense_jax.ingest import build, places, plan, sources, stac
+from skysense_jax.ingest.places import Place, boxes_of, seen_by
 from skysense_jax.ingest.rasters import Refused, Square
 from skysense_jax.modalities import MODALITIES
 from tests.ingest import earth
@@ -129,6 +130,50 @@ def test_items_are_those_of_the_box_and_the_dates(catalogue):
     assert names(bbox=[20.0, 20.0, 21.0, 21.0]) == []
     assert len(names(bbox=[11.0, 49.0, 0.0, 12.0, 50.0, 9.0])) == 4
     assert names(collections=["others"]) == []
+
+
+@pytest.mark.parametrize(
+    ("bbox", "wanted"),
+    [
+        ([179.5, -17.0, 180.5, -16.0], (179.5, -17.0, -179.5, -16.0)),
+        ([-180.5, -17.0, -179.5, -16.0], (179.5, -17.0, -179.5, -16.0)),
+        ([179.5, -17.0, 0.0, 180.5, -16.0, 9.0], (179.5, -17.0, -179.5, -16.0)),
+        ([179.5, -17.0, -179.5, -16.0], (179.5, -17.0, -179.5, -16.0)),  # as GeoJSON wants it
+        ([190.0, -17.0, 200.0, -16.0], (-170.0, -17.0, -160.0, -16.0)),
+        ([0.0, -90.0, 360.0, 90.0], (-180.0, -90.0, 180.0, 90.0)),
+        ([170.0, -17.0, 180.0, -16.0], (170.0, -17.0, 180.0, -16.0)),
+    ],
+)
+def test_box_beyond_180_degrees_is_that_of_the_other_side(catalogue, bbox, wanted):
+    item = next(item for item in stac.items(str(catalogue / "catalog" / "catalog.json")) if item.id == "planetary")
+    item.bbox, item.geometry = bbox, None
+    found = stac.read_item(item, modality="s2", source="x")
+    assert (found.bounds, found.footprint) == (wanted, None)
+    sides = [Place(32760, 819_340, 8_118_000, 2), Place(32701, 180_560, 8_118_000, 2)]  # at 180 degrees, 17 south
+    seen = [round(place.square.centre()[0]) for place in seen_by(sides, [found])]
+    assert seen == ([180] if bbox[0] == 170 else [] if bbox[0] == 190 else [180, -180])
+    near = {180: [179.9, -17.0, 180.0, -16.9], -180: [180.0, -17.0, 180.1, -16.9]}  # asked for beyond 180, too
+    asked = lambda box: stac._wanted(item, (), boxes_of(stac.edges_of(box)), stac.Interval())  # noqa: E731
+    assert [asked(box) for box in near.values()] == ([True, False] if bbox[0] == 170 else [bbox[0] != 190] * 2)
+
+
+def test_place_outside_of_an_items_outline_is_not_planned(catalogue, tmp_path):
+    """Its box reaches 0.2 degrees further to the east than what it shows."""
+    shutil.copytree(catalogue / "catalog", tmp_path / "catalog")
+    (path,) = (tmp_path / "catalog").rglob("planetary.json")
+    item = json.loads(path.read_text())
+    west, south, east, north = item["bbox"]
+    (tmp_path / "list.toml").write_text(_list(catalogue, "s2", bbox=[west, south, east + 0.2, north]))
+    manifests = {}
+    for name, geometry in (("outline", item["geometry"]), ("none", mapping(box(west, south, east + 0.2, north)))):
+        path.write_text(json.dumps({**item, "bbox": [west, south, east + 0.2, north], "geometry": geometry}))
+        command = ["--sources", str(tmp_path / "list.toml"), "--out", str(tmp_path / name), "--cells", "32"]
+        plan.main([*command, "--require", "s2"])
+        found = places.read(tmp_path / name / plan.PLACES)
+        manifests[name] = [place.square.centre()[0] for place in found]
+    assert max(manifests["none"]) > east + 0.19
+    assert east < max(manifests["outline"]) < east + 0.04
+    assert set(manifests["outline"]) == {x for x in manifests["none"] if x <= max(manifests["outline"])}
 
 
 @pytest.mark.parametrize("bbox", [[11.0, 49.0, 12.0], [None] * 4, 5, "11,49,12,50"])
