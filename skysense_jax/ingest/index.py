@@ -25,9 +25,8 @@ _COLUMNS = {
     **dict(longitude=pa.float64(), latitude=pa.float64(), first_day=pa.int64(), last_day=pa.int64()),
     **dict(classes=pa.list_(pa.int64()), licence=pa.string()),
 }
-_PER_ROW = dict(
-    dates=pa.int64(), hidden=pa.float64(), missing=pa.float64()
-)  # a column for each row of the modality table
+# A column for each row of the modality table; the shares are of pixels under cloud and of pixels without data.
+_PER_ROW = dict(dates=pa.int64(), hidden=pa.float64(), missing=pa.float64())
 
 
 def write_rows(rows: Sequence[Modality], path: pathlib.Path) -> None:
