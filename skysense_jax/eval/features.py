@@ -103,8 +103,15 @@ def read_whole(
     return whole
 
 
-def _cut(whole: WholeSample, modalities: Sequence[Modality], row: int, column: int, cells: int) -> dict[str, Any]:
-    """The arguments that ``_encode`` takes for one window, as one view (V = 1) without B."""
+def clearest_date(whole: WholeSample, modality: str) -> int | None:
+    """The date with most usable cells; None if the sample lacks the modality."""
+    if not whole.present[modality].any():
+        return None
+    return int((whole.cell_usable[modality].sum((1, 2)) - ~whole.present[modality]).argmax())
+
+
+def cut_window(whole: WholeSample, modalities: Sequence[Modality], row: int, column: int, cells: int) -> dict[str, Any]:
+    """``views``, ``present`` and ``day_of_year`` of one window, as one view (V = 1) without B."""
 
     box = geometry.Box(row, column, cells)
 
@@ -190,7 +197,7 @@ def sample_features(
         for first in range(0, len(places), batch_size):
             part = places[first : first + batch_size]
             filled = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
-            windows = [_cut(wholes[i], modalities, row, column, cells) for i, row, column in filled]
+            windows = [cut_window(wholes[i], modalities, row, column, cells) for i, row, column in filled]
             window = jax.tree.map(lambda *leaves: np.stack(leaves), *windows)
             for key, values in jax.device_get(_jit_encode(model, modalities, params, window)).items():
                 for (i, row, column), value in zip(part, values):

@@ -36,7 +36,7 @@ from skysense_jax.drawing import (
     to_rgb,
 )
 from skysense_jax.eval import curves
-from skysense_jax.eval.features import SampleFeatures, num_batch_shards, replicated, sample_features
+from skysense_jax.eval.features import SampleFeatures, clearest_date, num_batch_shards, replicated, sample_features
 from skysense_jax.modalities import OSM, Modality
 from skysense_jax.models.skysense import Features
 
@@ -224,10 +224,9 @@ def features_picture(
 def _clearest(features: SampleFeatures, modality: Modality) -> np.ndarray | None:
     """The date with most usable cells as RGB, None if the sample lacks the modality."""
     whole = features.whole
-    if not whole.present[modality.name].any():
+    date = clearest_date(whole, modality.name)
+    if date is None:
         return None
-    clear = whole.cell_usable[modality.name].sum((1, 2)) - ~whole.present[modality.name]
-    date = int(clear.argmax())
     image = whole.images[modality.name][date]
     return to_rgb(image, modality, valid=_pixels(whole.token_valid[modality.name][date], image.shape[0]))
 

@@ -103,20 +103,17 @@ def fit_logistic(
 _fit = functools.partial(fit_logistic, tolerance=1e-3)
 
 
-def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:
-    """Scores on ``test`` of a regularised logistic regression of standardised features, fitted on ``train``.
+def fit_probe(train: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Any | None:
+    """A regularised logistic regression of standardised features, with scikit-learn's ``predict``.
 
     The penalty is the one that does best on the last quarter of the training scenes when fitted on the others.
-    At most ``max_cells`` training cells are used, drawn with a fixed seed. Same input, same scores.
-    NaN where there is nothing to tell apart: fewer than two classes to fit on, or no test cell of the task.
-
-    Raises:
-      ValueError: a scene is in both parts.
+    At most ``max_cells`` training cells are used, drawn with a fixed seed. Same input, same probe.
+    None where there is nothing to tell apart: fewer than two classes.
     """
-    rows, test_rows = _asked(train, test, task, max_cells)
+    rows = _drawn(train, task, max_cells)
     features, targets, places = train.features[rows], train.targets[task][rows], train.scenes[rows]
-    if np.unique(targets).size < 2 or not test_rows.size:
-        return _NOTHING
+    if np.unique(targets).size < 2:
+        return None
 
     all_scenes = np.unique(places)
     held_out = np.isin(places, all_scenes[len(all_scenes) - len(all_scenes) // 4 :])
@@ -127,13 +124,35 @@ def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: i
             predictions = _fit(features[~held_out], targets[~held_out], trial).predict(features[held_out])
             trials[trial] = score(targets[held_out], predictions).miou
         penalty = max(trials, key=trials.get)
-    probe = _fit(features, targets, penalty)
-    return score(test.targets[task][test_rows], probe.predict(test.features[test_rows].astype(np.float64)))
+    return _fit(features, targets, penalty)
+
+
+def score_probe(probe: Any | None, test: ProbeCells, *, task: str) -> Scores:
+    """Scores of what ``fit_probe`` gave, on the cells of ``test`` that the task asks about; NaN where there is none."""
+    asked = test.targets[task] > 0
+    if probe is None or not asked.any():
+        return _NOTHING
+    return score(test.targets[task][asked], probe.predict(test.features[asked].astype(np.float64)))
+
+
+def linear_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:
+    """Scores on ``test`` of ``fit_probe`` on ``train``.
+
+    NaN where there is nothing to tell apart: fewer than two classes to fit on, or no test cell of the task.
+
+    Raises:
+      ValueError: a scene is in both parts.
+    """
+    _refuse_shared(train, test)
+    if not (test.targets[task] > 0).any():
+        return _NOTHING
+    return score_probe(fit_probe(train, task=task, max_cells=max_cells), test, task=task)
 
 
 def neighbour_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells: int = MAX_CELLS) -> Scores:
     """The same of k nearest neighbours (neighbours.py): no training, so nothing is chosen."""
-    rows, test_rows = _asked(train, test, task, max_cells)
+    _refuse_shared(train, test)
+    rows, test_rows = _drawn(train, task, max_cells), np.flatnonzero(test.targets[task] > 0)
     classes, labels = np.unique(train.targets[task][rows], return_inverse=True)
     if classes.size < 2 or not test_rows.size:
         return _NOTHING
@@ -141,15 +160,18 @@ def neighbour_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells
     return score(test.targets[task][test_rows], classes[found])
 
 
-def _asked(train: ProbeCells, test: ProbeCells, task: str, max_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the cells that the task asks about, of the first part at most ``max_cells``; raises ValueError."""
+def _refuse_shared(train: ProbeCells, test: ProbeCells) -> None:
     shared = np.intersect1d(train.scenes, test.scenes)
     if shared.size:
         raise ValueError(f"scenes {shared[:5].tolist()} are in training and test cells; a probe is split by scene")
+
+
+def _drawn(train: ProbeCells, task: str, max_cells: int) -> Int[np.ndarray, " N"]:
+    """Indices of the cells that the task asks about, at most ``max_cells`` of them."""
     rows = np.flatnonzero(train.targets[task] > 0)
     if rows.size > max_cells:
         rows = np.sort(np.random.default_rng(0).choice(rows, max_cells, replace=False))
-    return rows, np.flatnonzero(test.targets[task] > 0)
+    return rows
 
 
 # ---- from scenes to cells

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: where samples lie, histograms against the modality table, bars. Text in, text out.
+"""Charts of a dataset as inline SVG: where samples lie, histograms against the modality table. Text in, text out.
 
-Colours are names of classes that page.py's style sheet gives a colour by day and by night; what is told by colour is
+Colours are names of classes that the style sheet gives a colour by day and by night; what is told by colour is
 told by shape too. Next: page.py.
 """
 
@@ -12,51 +12,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from skysense_jax.modalities import Modality
+from skysense_jax.page.charts import bars, label, plain, svg, ticks
+from skysense_jax.page.markup import element
 
 _Number = int | float
 MOST_DOTS = 1500  # places that are drawn one by one
 _MAP_WIDTH, _LEFT, _TOP, _RIGHT, _BOTTOM = 560, 76, 10, 26, 46
 _CELLS = 72  # along the longer side of a map that counts places in cells
 _BINS = 64  # of a histogram
-
-
-def element(name: str, content: str = "", **attributes: object) -> str:
-    """An element of SVG or HTML; ``class_`` and ``for_`` are the attributes without the line."""
-    listed = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_short(value))}"' for key, value in attributes.items()
-    )
-    return f"<{name}{listed}>{content}</{name}>"
-
-
-def _short(value: object) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _svg(width: int, height: int, title: str, parts: Sequence[str], kind: str) -> str:
-    return element(
-        "svg",
-        "".join(parts),
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=title,
-        class_=kind,
-    )
-
-
-def ticks(low: _Number, high: _Number, *, most: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, which is above: at most one more than ``most``."""
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def plain(value: _Number) -> str:
-    """A number without needless digits."""
-    return f"{value:.6g}"
 
 
 def longitude(degrees: _Number) -> str:
@@ -112,7 +75,7 @@ def places_map(
     else:
         parts += _cells(right(longitudes[known]), down(latitudes[known]), held_out[known], max(inner, height) / _CELLS)
     words = f"Map of {int(known.sum())} places, {west:.4g} to {east:.4g} degrees east, {south:.4g} to {north:.4g} north"
-    return _svg(_MAP_WIDTH, height + _TOP + _BOTTOM, words, parts, "map")
+    return svg(_MAP_WIDTH, height + _TOP + _BOTTOM, words, parts, "map")
 
 
 def _frame(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[float, float, float, float]:
@@ -177,7 +140,7 @@ def band_histogram(values: Float[np.ndarray, "N"], counts: Int64[np.ndarray, "N"
     if row.dtype.startswith(("u", "i")):  # whole numbers: as many of them beneath each bar
         low, step = low - 0.5, float(max(1, math.ceil(step)))
     edges = low + step * np.arange(max(1, math.ceil((high - low) / step)) + 1)
-    bars = np.bincount(np.searchsorted(edges[1:-1], values, side="right"), weights=counts, minlength=len(edges) - 1)
+    heights = np.bincount(np.searchsorted(edges[1:-1], values, side="right"), weights=counts, minlength=len(edges) - 1)
     inner, tall = width - 2 * left, height - top - bottom
     right = lambda x: left + inner * (min(max(x, edges[0]), edges[-1]) - edges[0]) / (edges[-1] - edges[0])  # noqa: E731
     parts = [
@@ -191,48 +154,15 @@ def band_histogram(values: Float[np.ndarray, "N"], counts: Int64[np.ndarray, "N"
             class_="table-range",
         )
     ]
-    parts += _bars(bars.tolist(), left=left, top=top, width=inner, height=tall)
+    parts += bars(heights.tolist(), left=left, top=top, width=inner, height=tall)
     own = float(values @ counts / total[-1])
     parts.append(element("line", x1=right(mean), x2=right(mean), y1=top - 8, y2=top + tall, class_="table-mean"))
     parts.append(element("line", x1=right(own), x2=right(own), y1=top - 8, y2=top + tall, class_="own-mean"))
     parts.append(element("text", row.bands[band], x=left, y=12, class_="name"))
     for x in ticks(float(edges[0]), float(edges[-1]), most=5):
-        parts.append(_label(plain(x), right(x), height - 7, left, width))
+        parts.append(label(plain(x), right(x), height - 7, left, width))
     told = (
         f"Histogram of {row.name} {row.bands[band]}: mean {own:.4g}; the table has {plain(mean)} ± {plain(std)}; "
         f"shown from {edges[0]:.4g} to {edges[-1]:.4g}"
     )
-    return _svg(width, height, told, parts, "histogram")
-
-
-def _bars(bars: Sequence[_Number], *, left: _Number, top: _Number, width: _Number, height: _Number) -> list[str]:
-    """One path of bars from the floor, the tallest as high as there is room."""
-    most, step, floor = max(max(bars), 1e-12), width / len(bars), top + height
-    path = "".join(
-        f"M{left + place * step:.2f} {floor:.1f}v{-height * bar / most:.1f}h{step * 0.94:.2f}V{floor:.1f}z"
-        for place, bar in enumerate(bars)
-        if bar > 0
-    )
-    return [element("path", d=path, class_="bar"), element("path", d=f"M{left} {top + height}h{width}", class_="axis")]
-
-
-def bar_chart(bars: Sequence[_Number], labels: Mapping[int, str], *, title: str, of: str, axis: str) -> str:
-    """Bars with labels under some of them. ``of``: what they count; ``axis``: along which; ``title``: for the blind."""
-    width, height, left, top, bottom = 300, 130, 6, 18, 36
-    inner, tall = width - 2 * left, height - top - bottom
-    parts = [element("text", f"up to {max(bars):,} {of}", x=left, y=12)]
-    parts += _bars(bars, left=left, top=top, width=inner, height=tall)
-    for place, label in labels.items():
-        parts.append(_label(label, left + inner * (place + 0.5) / len(bars), height - 22, left, width))
-    parts.append(element("text", axis, x=left + inner / 2, y=height - 6, text_anchor="middle"))
-    return _svg(width, height, title, parts, "bars")
-
-
-def _label(text: str, x: _Number, y: _Number, left: _Number, width: _Number) -> str:
-    """Text below ``x``, moved inwards where it would leave the picture."""
-    half = 3.5 * len(text)
-    if x < left + half:
-        return element("text", text, x=left, y=y)
-    if x > width - left - half:
-        return element("text", text, x=width - left, y=y, text_anchor="end")
-    return element("text", text, x=x, y=y, text_anchor="middle")
+    return svg(width, height, told, parts, "histogram")

@@ -4,22 +4,20 @@ Colours are those of drawing.py. Pictures that show the same ground have the sam
 Next: page.py, which lays them out.
 """
 
-import base64
 import dataclasses
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from skysense_jax.data.sample import ORBITS, UNDATED, Sample, Series
 from skysense_jax.drawing import label_colours, shown_bands, to_rgb
 from skysense_jax.modalities import METRES_PER_CELL, OSM, Modality
+from skysense_jax.page.images import jpeg, palette, reduced
 
 LARGE_SIDE, SIDE = 208, 96  # pixels along a side at most: as wide as page_style.py shows them
 _MOST_LARGE = 3  # pictures of the sharpest modality that are large; more of them are as small as the others
-_JPEG_QUALITY = 88
 _STRIPE = 4  # pixels of the mask's picture, across a stripe
 _STRIPES = (214, 0, 147)  # over clouds, which are white, over ground and over grey: no other colour of a picture
 _OPACITY = 150  # of the label map over imagery, of 255
@@ -100,7 +98,7 @@ def contact(sample: Sample, rows: Sequence[Modality], *, num_dates: int, names: 
 def _strip(series: Series, row: Modality, *, sharpest: bool, num_dates: int) -> Strip:
     shown = _shown(len(series.days), num_dates)
     large = sharpest and len(shown) <= _MOST_LARGE
-    images = np.stack([_reduced(series.images[date], LARGE_SIDE if large else SIDE) for date in shown])
+    images = np.stack([reduced(series.images[date], LARGE_SIDE if large else SIDE) for date in shown])
     valid, cloud = (
         np.stack([_reduced_mask(mask[date], images.shape[1]) for date in shown])
         for mask in (series.valid, series.cloud)
@@ -113,7 +111,7 @@ def _strip(series: Series, row: Modality, *, sharpest: bool, num_dates: int) -> 
         label = _day(int(series.days[date])) + (f" {orbit}" if series.orbits[date] else "")
         told = f"{row.name} of {label}, {hidden:.0%} hidden, {1 - seen:.0%} without data"
         over = _stripes(cloud[place]) if cloud[place].any() else None
-        pictures.append(Picture(_jpeg(colours[place]), label, told, over))
+        pictures.append(Picture(jpeg(colours[place]), label, told, over))
     return Strip(f"{row.name}: {' '.join(shown_bands(row))}", pictures, len(series.days) - len(shown), large)
 
 
@@ -132,21 +130,8 @@ def _day(day: int) -> str:
     return "undated" if day == UNDATED else str(np.datetime64(day, "D"))
 
 
-def _reduced(image: Num[np.ndarray, "H W C"], side: int) -> Float[np.ndarray, "P Q C"]:
-    """Means of the pixels beneath each of at most ``side`` along a side."""
-    if image.shape[0] <= side:
-        return image.astype(np.float32)
-    bands = [Image.fromarray(image[..., band].astype(np.float32)) for band in range(image.shape[-1])]
-    return np.stack([np.asarray(band.resize((side, side), Image.Resampling.BOX)) for band in bands], -1)
-
-
 def _reduced_mask(mask: Bool[np.ndarray, "H W"], side: int) -> Bool[np.ndarray, "P Q"]:
     return np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST))
-
-
-def _jpeg(colours: Float[np.ndarray, "H W 3"]) -> str:
-    image = Image.fromarray(np.rint(colours * 255).astype(np.uint8))
-    return _uri(image, "jpeg", quality=_JPEG_QUALITY, subsampling=0)
 
 
 def _stripes(mask: Bool[np.ndarray, "H W"]) -> str:
@@ -154,22 +139,10 @@ def _stripes(mask: Bool[np.ndarray, "H W"]) -> str:
     fine = np.kron(mask, np.ones((max(1, 2 * SIDE // len(mask)),) * 2, bool))
     row, column = np.indices(fine.shape)
     striped = fine & ((row + column) // _STRIPE % 2 == 0)
-    return _palette(striped.astype(np.uint8), [(255, 255, 255), _STRIPES], [0, 255])
+    return palette(striped.astype(np.uint8), [(255, 255, 255), _STRIPES], [0, 255])
 
 
 def _labels(labels: UInt8[np.ndarray, "H W"], names: Sequence[str], opacity: int) -> str:
     """The label map in its colours, transparent where nothing is mapped."""
     colours = np.rint(label_colours(names) * 255).astype(int).tolist()
-    return _palette(labels, [(255, 255, 255), *colours], [0, *[opacity] * len(colours)])
-
-
-def _palette(indices: UInt8[np.ndarray, "H W"], colours: Sequence[Sequence[int]], opacity: Sequence[int]) -> str:
-    image = Image.fromarray(indices)
-    image.putpalette([part for colour in colours for part in colour])
-    return _uri(image, "png", transparency=bytes(opacity), optimize=True)
-
-
-def _uri(image: Image.Image, kind: str, **options) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return palette(labels, [(255, 255, 255), *colours], [0, *[opacity] * len(colours)])

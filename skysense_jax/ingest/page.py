@@ -15,13 +15,14 @@ from matplotlib.colors import to_hex
 from skysense_jax.data.sample import Sample
 from skysense_jax.drawing import NOTHING, label_colours
 from skysense_jax.ingest import charts
-from skysense_jax.ingest.charts import element
 from skysense_jax.ingest.contact import Contact, Strip
 from skysense_jax.ingest.dataset import Dataset
 from skysense_jax.ingest.page_style import STYLE
 from skysense_jax.ingest.survey import HIDDEN_BINS, OfRow, Survey
 from skysense_jax.ingest.suspicions import KINDS, Hit, Suspicions, Where
 from skysense_jax.modalities import METRES_PER_CELL
+from skysense_jax.page.charts import bar_chart
+from skysense_jax.page.markup import document, element, many, swatch, table
 
 _TITLES = {kind.name: kind.title for kind in KINDS}
 _MOST_REASONS = 40  # of what came to nothing
@@ -64,50 +65,15 @@ def page(
         ("classes", "Classes", _classes(dataset, survey)),
         ("rejected", "What came to nothing", _rejected(survey)),
     ]
-    links = "".join(element("li", element("a", title, href=f"#{name}")) for name, title, _ in sections)
-    name = html.escape(dataset.folder.resolve().name)
-    body = element("h1", name) + _summary(dataset, survey) + element("nav", element("ul", links), aria_label="Sections")
-    body += "".join(element("section", element("h2", title, id=key) + content) for key, title, content in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: a look at the dataset</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, classes: Sequence[str] = ()) -> str:
-    """A table whose cells are HTML; the first of a row is its header. ``classes``: of the columns."""
-    of = [*classes, *[""] * (len(head) - len(classes))]
-    styled = lambda name, text, kind, **more: element(name, text, **more, **({"class_": kind} if kind else {}))  # noqa: E731
-    top = "".join(styled("th", text, kind, scope="col") for text, kind in zip(head, of))
-    lines = [
-        element(
-            "tr",
-            styled("th", row[0], of[0], scope="row") + "".join(map(lambda c, k: styled("td", c, k), row[1:], of[1:])),
-        )
-        for row in rows
-    ]
-    content = element("caption", caption) + element("thead", element("tr", top)) + element("tbody", "".join(lines))
-    return element(
-        "div",
-        element("table", content),
-        class_="scroll",
-        tabindex="0",
-        role="region",
-        aria_label=html.unescape(caption),
-    )
-
-
-def _many(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+    name = dataset.folder.resolve().name
+    return document(f"{name}: a look at the dataset", name, _summary(dataset, survey), sections, style=STYLE)
 
 
 def _summary(dataset: Dataset, survey: Survey) -> str:
     splits = ", ".join(f"{number:,} {html.escape(str(split))}" for split, number in sorted(survey.splits.items()))
     days = " to ".join(str(np.datetime64(day, "D")) for day in survey.days) if survey.days else "no date is known"
     licences = "; ".join(sorted({part for text in survey.licences for part in text.split("; ")})) or "none stated"
-    text = f"{_many(dataset.num_samples, 'sample')} ({splits}), {days}. Licences: {html.escape(licences)}."
+    text = f"{many(dataset.num_samples, 'sample')} ({splits}), {days}. Licences: {html.escape(licences)}."
     if not dataset.indexed:
         text += f" The folder has no index: what follows is of {dataset.described}."
     rows = [
@@ -130,7 +96,7 @@ def _summary(dataset: Dataset, survey: Survey) -> str:
 
 def _places(survey: Survey, places: str) -> str:
     lost = len(survey.longitudes) - survey.placed
-    told = f"{_many(lost, 'sample')} without a position." if lost else ""
+    told = f"{many(lost, 'sample')} without a position." if lost else ""
     if not places:
         return element("p", told or "No sample has a position.")
     keys = element("span", class_="key train") + "to train on" + element("span", class_="key held") + "held out"
@@ -210,7 +176,7 @@ def _card(card: Card, colours: Mapping[str, str]) -> str:
 
 def _legend(contact: Contact, colours: Mapping[str, str]) -> str:
     """Colours and shares of the classes of a sample's label map."""
-    entries = [element("li", f"{_class(name, colours[name])} {share:.0%}") for name, share in contact.classes]
+    entries = [element("li", f"{swatch(name, colours[name])} {share:.0%}") for name, share in contact.classes]
     return element("ul", "".join(entries), class_="legend", aria_label="Classes of the map") if entries else ""
 
 
@@ -220,10 +186,6 @@ def _colours(dataset: Dataset) -> dict[str, str]:
     return {"nothing mapped": to_hex(NOTHING)} | dict(zip(names, map(to_hex, label_colours(names))))
 
 
-def _class(name: str, colour: str) -> str:
-    return element("span", class_="swatch", style=f"background:{colour}") + html.escape(name.replace("_", " "))
-
-
 def _strip(strip: Strip) -> str:
     figures = []
     for picture in strip.pictures:
@@ -231,7 +193,7 @@ def _strip(strip: Strip) -> str:
         images += f'<img src="{picture.over}" alt="" class="over">' if picture.over else ""
         stack = element("div", images, class_="stack")
         figures.append(element("figure", stack + element("figcaption", html.escape(picture.label))))
-    left = f" ({_many(strip.left_out, 'further date')} not shown)" if strip.left_out else ""
+    left = f" ({many(strip.left_out, 'further date')} not shown)" if strip.left_out else ""
     title = element("h5", html.escape(strip.title) + left)
     return element("div", title + element("div", "".join(figures), class_="strip large" if strip.large else "strip"))
 
@@ -300,11 +262,11 @@ def _four(value: int | float) -> str:
 
 def _dates(dataset: Dataset, survey: Survey) -> str:
     total = len(survey.longitudes)
-    parts = [element("p", f"Dates by month are of {_many(dataset.num_measured, 'sample')}.")]
+    parts = [element("p", f"Dates by month are of {many(dataset.num_measured, 'sample')}.")]
     for name, of in survey.rows.items():
         missing = total - of.samples
-        lacking = f"{_many(missing, 'sample')} ({missing / total:.1%}) without it" if missing else "all samples have it"
-        undated = f"; {_many(of.undated, 'date')} without a day" if of.undated else ""
+        lacking = f"{many(missing, 'sample')} ({missing / total:.1%}) without it" if missing else "all samples have it"
+        undated = f"; {many(of.undated, 'date')} without a day" if of.undated else ""
         parts.append(
             element("h3", name) + element("p", f"{lacking}; {of.dates / of.samples:.1f} dates a sample{undated}.")
         )
@@ -319,7 +281,7 @@ def _num_dates(name: str, of: OfRow) -> str:
     bars = [sum(of.num_dates.get(num, 0) for num in range(low, low + width)) for low in range(0, most + 1, width)]
     labels = {place: str(place * width) for place in sorted({0, len(bars) // 2, len(bars) - 1})}
     title = f"Samples by number of {name} dates, 0 to {most}; {of.num_dates.get(0, 0):,} have none"
-    return charts.bar_chart(
+    return bar_chart(
         bars, labels, title=title, of="samples", axis="dates of a sample" + (f", by {width}" if width > 1 else "")
     )
 
@@ -328,7 +290,7 @@ def _hidden(name: str, of: OfRow) -> str:
     labels = {0: "0 %", HIDDEN_BINS // 2: "50 %", HIDDEN_BINS - 1: "100 %"}
     told = ", ".join(f"{count:,}" for count in of.hidden_counts)
     title = f"Samples by share of {name} that clouds hide, in tenths: {told}"
-    return charts.bar_chart(of.hidden_counts.tolist(), labels, title=title, of="samples", axis="share that clouds hide")
+    return bar_chart(of.hidden_counts.tolist(), labels, title=title, of="samples", axis="share that clouds hide")
 
 
 def _months(name: str, of: OfRow) -> str:
@@ -337,7 +299,7 @@ def _months(name: str, of: OfRow) -> str:
     bars = [sum(of.months.get(m, 0) for m in range(low, low + width)) for low in range(first, last + 1, width)]
     labels = {place: str(np.datetime64(first + place * width, "M")) for place in sorted({0, len(bars) - 1})}
     title = f"{name} dates by month, {np.datetime64(first, 'M')} to {np.datetime64(last, 'M')}"
-    return charts.bar_chart(
+    return bar_chart(
         bars, labels, title=title, of="dates", axis="dates by month" if width == 1 else f"dates by {width} months"
     )
 
@@ -349,9 +311,9 @@ def _classes(dataset: Dataset, survey: Survey) -> str:
     for place, (name, colour) in enumerate(_colours(dataset).items()):
         share = survey.class_pixels[place] / total
         meter = element("span", class_="meter", style=f"width:{share:.1%}") if share else ""
-        rows.append([_class(name, colour), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
+        rows.append([swatch(name, colour), f"{share:.2%}", meter, f"{survey.class_samples[place]:,}"])
     without = len(survey.longitudes) - survey.mapped
-    caption = f"{_many(survey.mapped, 'label map')}" + (f"; {_many(without, 'sample')} without one" if without else "")
+    caption = f"{many(survey.mapped, 'label map')}" + (f"; {many(without, 'sample')} without one" if without else "")
     return table(
         caption, ["class", "share of the ground", "", "samples"], rows, classes=["", "number", "share", "number"]
     )

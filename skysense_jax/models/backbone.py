@@ -260,7 +260,7 @@ class Backbone(nn.Module):
 
         scanned = nn.scan(
             recomputed(body, self.remat, scanned=True),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the second: moe.CHOSEN, if asked for
             split_rngs={"params": True},
             length=depth,
             unroll=self.scan_unroll,

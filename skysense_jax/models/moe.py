@@ -29,6 +29,8 @@ from skysense_jax.sharding import (
     gathered,
 )
 
+CHOSEN = "chosen"  # among the intermediates: [B (I N) k], the experts of each token, best first
+
 
 @struct.dataclass
 class RouterStats:
@@ -124,6 +126,7 @@ class ExpertMlp(nn.Module):
         # fp32 in full: the choice between experts is a discontinuity
         logits = product(jnp.einsum("gnd,de->gne", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST))
         gates, experts = choose(logits, experts_per_token=self.experts_per_token)
+        self.sow("intermediates", CHOSEN, experts)  # kept only where asked for: explain/routing.py
         gates = gates * valid[..., None]
         if train:
             y, kept = self._with_capacity(x, weights, gates, experts, valid)

@@ -35,6 +35,7 @@ class Model:
       num_dates: per modality, as the run drew them.
       config: of the run.
       name: the run's config, and the step of its weights.
+      step, code: of a run, that of its weights, and the digest of the code that wrote them (None: not known).
     """
 
     network: skysense.SkySense
@@ -45,6 +46,8 @@ class Model:
     num_dates: Mapping[str, int]
     config: ConfigDict
     name: str
+    step: int = 0
+    code: str | None = None
 
 
 def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None) -> Model:
@@ -75,7 +78,8 @@ def _of_run(directory: storage.Directory, wanted: Sequence[str] | None) -> Model
     network, rows = _network(config, directory)
     asked = _asked(rows, wanted)
     restored = checkpoint.restore_params(directory, _shapes(network, config, rows))
-    return _model(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
+    model = _model(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
+    return dataclasses.replace(model, step=restored.step, code=restored.meta.get("code"))
 
 
 def _of_export(directory: pathlib.Path, wanted: Sequence[str] | None) -> Model:

@@ -34,9 +34,9 @@ def draw(shapes, seed: int):
     return jax.tree.map(one, shapes)
 
 
-def save_run(workdir: pathlib.Path) -> None:
+def save_run(workdir: pathlib.Path, config=None) -> None:
     """Checkpoints of two steps whose students and teachers are four different draws, metrics and a probe."""
-    config = export_config()
+    config = config or export_config()
     run = assembly.assemble(config)
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1, expert=1, devices=jax.devices()[:2])
     shapes = abstract_state(
