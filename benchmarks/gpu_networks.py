@@ -23,6 +23,7 @@ from skysense_jax.export import names, write
 from skysense_jax.kernels import window as window_kernel
 from skysense_jax.modalities import Modality, select
 from skysense_jax.models.backbone import Backbone
+from skysense_jax.models.skysense import make_backbone
 from skysense_jax.trees import named_leaves, path_string
 
 # Weights whose gradients are compared: what lies under all blocks, and the projections of one of each kind of block.
@@ -56,7 +57,7 @@ def backbone(report: Report, setting: Setting, config: ConfigDict, *, remat: str
     device = jax.devices()[0]
 
     def network(dtype: Any, **how: Any) -> Backbone:
-        return Backbone(rows, **fields, **how, compute_dtype=dtype)
+        return make_backbone(rows, **fields, **how, compute_dtype=dtype)
 
     params = jax.jit(lambda: sharding.unbox(network(jnp.bfloat16).init(jax.random.key(0), images, valid, train=False)))
     params = params()

@@ -21,7 +21,8 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchM
 from benchmarks.timing import median_seconds
 from skysense_jax import assembly, cost
 from skysense_jax.modalities import select
-from skysense_jax.models.backbone import Backbone, group_modalities
+from skysense_jax.models.backbone import group_modalities
+from skysense_jax.models.skysense import make_backbone
 from skysense_jax.sharding import unbox
 
 
@@ -140,7 +141,7 @@ def main():
         images[m.name] = rng.standard_normal((*lead, pixels, pixels, m.num_bands), np.float32)
         valid[m.name] = np.ones((*lead, *(cells * m.tokens_per_cell,) * 2), bool)
 
-    model = Backbone(modalities, **fields, **assembly.efficiency(config), compute_dtype=dtype)
+    model = make_backbone(modalities, **fields, **assembly.efficiency(config), compute_dtype=dtype)
     params = jax.jit(lambda i, v: unbox(model.init(jax.random.key(0), i, v, train=False)))(images, valid)
 
     def loss(params, images):

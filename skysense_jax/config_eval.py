@@ -18,6 +18,13 @@ def eval_problems(config: ConfigDict) -> Iterator[str]:
     probed = config.eval.probe_every_steps
     if config.run.keep_best and not probed:
         yield "config.run.keep_best: got True with config.eval.probe_every_steps 0; wanted probes, which tell the best"
+    saved = config.run.checkpoint_every_steps
+    first = -(-probed // saved) * saved  # step of the first probe, at a checkpoint
+    if config.run.keep_best and probed and first > config.optim.num_steps:
+        yield (
+            f"config.eval.probe_every_steps: got {probed}, so that the first probe comes behind step {first} of "
+            f"{config.optim.num_steps}; wanted fewer with config.run.keep_best"
+        )
     names = [name for name, *_ in config.eval.datasets]
     taken = [OSM.name, *scenes.ATTRIBUTES, *names]
     if again := [name for name in names if taken.count(name) > 1]:

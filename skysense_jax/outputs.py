@@ -4,6 +4,7 @@ Next: eval/pictures.py, eval/probes.py.
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 import time
@@ -33,6 +34,7 @@ class Labelled(Protocol):
     """A labelled dataset to probe on (tasks/probing.py)."""
 
     main: str
+    facts: str
 
     def scores(self, params: Any) -> dict[str, float]: ...
 
@@ -91,10 +93,12 @@ class Outputs:
     def rank(self, scores: Mapping[str, float | None]) -> float | None:
         """What tells the best checkpoint: the mean main score of labelled datasets, or else the mean mIoU of scenes.
 
-        None if there was nothing to tell apart.
+        None if there was nothing to tell apart, or if one of the datasets has no score: a mean of others is no measure.
         """
-        names = [each.main for each in self._labelled] or [name for name in scores if name.endswith("/miou")]
-        found = [scores[name] for name in names if scores.get(name) is not None]
+        if self._labelled:
+            found = [scores.get(each.main) for each in self._labelled]
+            return None if None in found else float(np.mean(found))
+        found = [value for name, value in scores.items() if name.endswith("/miou") and value is not None]
         return float(np.mean(found)) if found else None
 
     def write_probe(self, step: int, state: TrainState, mesh: sharding.Mesh) -> None:
@@ -141,7 +145,11 @@ class Outputs:
 
 
 def read_labelled(config: ConfigDict, run: Run) -> tuple[Labelled, ...]:
-    """The labelled datasets that a run is to be probed on; raises ValueError, which names the field and the entry."""
+    """The labelled datasets that a run is to be probed on, the same in every process.
+
+    Raises:
+      ValueError: one is not what it says, here or in another process; names the field and the entry.
+    """
     if not config.eval.datasets:
         return ()
     from skysense_jax.tasks import probing  # of the extra "ingest"
@@ -157,7 +165,23 @@ def read_labelled(config: ConfigDict, run: Run) -> tuple[Labelled, ...]:
         config=config,
         name=config.name,
     )
-    return probing.read(config.eval.datasets, model, batch_size=config.eval.batch_size)
+    found, problem = (), None
+    try:
+        found = probing.read(config.eval.datasets, model, batch_size=config.eval.batch_size)
+    except ValueError as error:
+        problem = error  # the other processes wait to hear of it
+    if jax.process_count() > 1:
+        digest = hashlib.sha256("\n".join([repr(problem), *(each.facts for each in found)]).encode()).digest()
+        told = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+        others = np.flatnonzero((told != told[0]).any(axis=1)).tolist()
+        if others and problem is None:
+            problem = ValueError(
+                f"{probing.FIELD}: processes {others} read other examples than process 0; wanted the same files on "
+                "every host"
+            )
+    if problem is not None:
+        raise problem
+    return found
 
 
 def _held_out(config: ConfigDict) -> dict[str, int]:

@@ -60,6 +60,16 @@ def distil_config(teacher) -> ConfigDict:
     return config
 
 
+def task_config() -> ConfigDict:
+    """``micro``, dense and of three modalities."""
+    config = micro_config()
+    config.name = "task"
+    config.model.fusion.depth = 1
+    config.model.backbone.num_moe_blocks = 0
+    config.data.update(modalities=("hr", "s2", "s1"), num_dates=dict(hr=1, s2=2, s1=2))
+    return config
+
+
 def mesh_config() -> ConfigDict:
     """``mono`` with four experts, at temperatures at which a loss does not make twenty times of rounding."""
     config = mono_config()

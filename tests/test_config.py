@@ -118,7 +118,15 @@ def test_validate_wrong_value_names_field_value_and_wanted(config, field, value,
 
 def test_validate_best_checkpoint_wants_something_that_ranks(config):
     config.run.keep_best = True
+    with pytest.raises(
+        ValueError, match=r"probe_every_steps: got 5000, so that the first probe comes behind step 5000 of"
+    ):
+        config_lib.validate(config)
+    config.eval.probe_every_steps = 201
     config_lib.validate(config)
+    config.eval.probe_every_steps = 301
+    with pytest.raises(ValueError, match=r"probe_every_steps: got 301, .* behind step 400 of 300"):
+        config_lib.validate(config)
     config.eval.probe_every_steps = 0
     with pytest.raises(ValueError, match=r"run.keep_best: got True .* 0; wanted probes"):
         config_lib.validate(config)

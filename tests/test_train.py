@@ -202,7 +202,7 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
 
 @pytest.mark.parametrize(
     ("every", "saved", "probed"),
-    [(3, 1, [3, 6, 9]), (3, 2, [4, 6, 10]), (5, 3, [6, 12]), (1, 4, [4, 8, 12]), (0, 1, [])],
+    [(3, 1, [3, 6, 9, 12]), (3, 2, [4, 6, 10, 12]), (5, 3, [6, 12]), (1, 4, [4, 8, 12]), (0, 1, [])],
 )
 def test_probes_come_with_the_first_checkpoint_behind_every_so_many_steps(every, saved, probed):
     config = mono_config()

@@ -206,6 +206,8 @@ def _classes(chosen: Sequence[Place], path: pathlib.Path) -> dict[str, int]:
     """The class of a raster under each place's centre; -1 outside of it."""
     found = {}
     with rasterio.open(path) as file:
+        if file.crs is None:
+            raise ValueError(f"--land_cover: {path} has no coordinate system")
         turns = (0, 360, -360) if file.crs.is_geographic else (0,)  # longitudes of a file may go on to 360
         for place in chosen:
             (x,), (y,) = rasterio.warp.transform("EPSG:4326", file.crs, *([axis] for axis in place.square.centre()))

@@ -197,7 +197,7 @@ def build(
     common = dict(compute_dtype=jnp.dtype(compute_dtype))
     scanned = dict(remat=remat, scan_unroll=scan_unroll, attention=attention, **common)
     return SkySense(
-        backbone=_backbone(modalities, **backbone, window_attention=window_attention, **scanned),
+        backbone=make_backbone(modalities, **backbone, window_attention=window_attention, **scanned),
         fusion=Fusion(modalities=tuple(m.name for m in modalities), **fusion, **scanned),
         queries=QueryDecoder(width=fusion["width"], head_width=fusion["head_width"], **queries, **common),
         text=TextHead(text_dim=text_dim, **common),
@@ -206,5 +206,8 @@ def build(
     )
 
 
-def _backbone(modalities: tuple[Modality, ...], *, shared: bool = True, **fields: Any) -> Backbone | SeparateBackbones:
+def make_backbone(
+    modalities: tuple[Modality, ...], *, shared: bool = True, **fields: Any
+) -> Backbone | SeparateBackbones:
+    """The backbone with the fields of ``config.model.backbone``: one for all modalities, or one for each."""
     return Backbone(modalities=modalities, **fields) if shared else SeparateBackbones(modalities, tuple(fields.items()))

@@ -100,6 +100,8 @@ def labelled(
             check(examples, split=split)
         _open_first(examples, model)
     train = take_share(splits[folders.TRAIN], request.label_share, seed=request.seed)
+    if checked:
+        frozen.check_classes(train)
     return model, {**splits, folders.TRAIN: train}
 
 

@@ -21,6 +21,7 @@ from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, Example, Exa
 from skysense_jax.tasks.loading import Model
 
 KNN, LINEAR = PROTOCOLS = ("knn", "linear")
+_NO_CELL = f"no cell to train on: none is usable and labelled on {probes.MIN_LABELLED_SHARE:.0%} of its pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,25 @@ class Options:
     max_cells: int = 20_000
     seed: int = 0
     left_out: tuple[int, ...] = ()
+
+
+def check_classes(train: Examples) -> None:
+    """Nothing, if a classifier has something to tell apart in ``train``; looks at targets until it has seen it.
+
+    Raises:
+      ValueError: of maps no cell has a class, or all have the same.
+    """
+    seen: set[int] = set()
+    if train.kind == MULTI_LABEL:
+        return
+    for example in train:
+        target = np.asarray(example.target)
+        ids = target if train.kind == SCENE else cell_targets(target, example.before.extent_cells)
+        seen |= set(np.unique(ids).tolist()) - ({IGNORED} if train.kind != SCENE else set())
+        if len(seen) > 1:
+            return
+    told = f"all that is trained on has class {train.classes[min(seen)]!r}" if seen else _NO_CELL
+    raise ValueError(f"--dataset: {told}; wanted two classes or more")
 
 
 def encode(model: Model, examples: Examples, *, batch_size: int) -> Iterator[tuple[Example, Cells]]:
@@ -199,8 +219,5 @@ def _training_cells(
         groups.append(np.full(len(rows), images.setdefault(example.image, len(images))))
     found = np.concatenate(targets)
     if not len(found):
-        raise ValueError(
-            "--dataset: no cell to train on: none is usable and labelled on "
-            f"{probes.MIN_LABELLED_SHARE:.0%} of its pixels"
-        )
+        raise ValueError(f"--dataset: {_NO_CELL}")
     return np.concatenate(features), found, np.concatenate(groups)

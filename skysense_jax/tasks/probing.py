@@ -43,6 +43,12 @@ class Probed:
         return f"{self.name}, {self.train.kind}, {', '.join(row.name for row in self.model.rows)}, {count}"
 
     @property
+    def facts(self) -> str:
+        """What must be the same in every process: all examples, in order, and what is read of them."""
+        ids = (example.id for part in (self.train, self.test) for example in part)
+        return "\n".join((str(self), *self.train.classes, *ids))
+
+    @property
     def main(self) -> str:
         """The name of the score that tells checkpoints apart: of the linear protocol."""
         return f"{self.name}/{MAIN[self.train.kind]}"

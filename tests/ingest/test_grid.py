@@ -131,6 +131,10 @@ def test_class_of_a_place_west_of_greenwich_is_that_of_a_raster_that_goes_on_to_
     found = plan._classes(squares, to_360)
     assert list(found.values()) == [1, 24, 36, 37, 39, 72]
     assert plan._classes(squares, path) == found
+    with rasterio.open(path, "w", **{**how, "crs": None}) as file:
+        file.write(classes, 1)
+    with pytest.raises(ValueError, match=r"--land_cover: .*cover\.tif has no coordinate system"):
+        plan._classes(squares, path)
 
 
 def test_bounds_across_180_degrees_are_two_boxes():

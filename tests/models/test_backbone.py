@@ -14,6 +14,7 @@ from skysense_jax import sharding
 from skysense_jax.modalities import MODALITIES, Modality
 from skysense_jax.models.backbone import Backbone, SeparateBackbones, group_modalities
 from skysense_jax.models.layers import DropPath
+from skysense_jax.models.skysense import make_backbone
 
 ALL = tuple(MODALITIES.values())
 CELLS = (2, 3)
@@ -92,7 +93,7 @@ def _assert_trees_close(got, wanted, atol):
 )
 def test_parameter_count_of_named_size_without_allocating(name, changes, wanted):
     fields = {**importlib.import_module(f"configs.{name}").get_config().model.backbone, **changes}
-    model = Backbone(ALL, **fields)
+    model = make_backbone(ALL, **fields)
     boxed = jax.eval_shape(lambda i, v: model.init(jax.random.key(0), i, v, train=False), *_shapes())
     assert sum(leaf.size for leaf in jax.tree.leaves(sharding.unbox(boxed))) == wanted
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)):

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from micro import micro_config
+from micro import task_config
 
 from skysense_jax import assembly, sharding
 from skysense_jax import config as config_lib
@@ -18,16 +18,6 @@ from skysense_jax.modalities import OSM, select
 from skysense_jax.models import skysense
 from skysense_jax.tasks import evaluate, loading
 from skysense_jax.train_state import abstract_state, boxed_state
-
-
-def task_config():
-    """Three modalities, two Swin blocks and two global ones, fusion."""
-    config = micro_config()
-    config.name = "task"
-    config.model.fusion.depth = 1
-    config.model.backbone.num_moe_blocks = 0
-    config.data.update(modalities=("hr", "s2", "s1"), num_dates=dict(hr=1, s2=2, s1=2))
-    return config
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,20 @@ def test_scenes_that_features_tell_apart_are_told_apart(stand_in, protocol):
     assert found == {"accuracy": 1.0}
 
 
+def test_one_class_or_no_labelled_cell_is_told_from_targets_alone():
+    rng = np.random.default_rng(0)
+    frozen.check_classes(_scene_examples(rng, 2))
+    with pytest.raises(ValueError, match="all that is trained on has class 'a'; wanted two"):
+        frozen.check_classes(_scene_examples(rng, 1))
+    maps = _map_examples(rng, 3)
+    frozen.check_classes(maps)
+    for value, told in ((1, "has class 'b'"), (255, "no cell to train on")):
+        for example in maps:
+            example.target[...] = value
+        with pytest.raises(ValueError, match=told):
+            frozen.check_classes(maps)
+
+
 def test_image_feature_is_the_mean_of_usable_cells():
     cells = frozen.Cells(np.arange(8.0).reshape(2, 2, 2), np.array([[True, False], [False, True]]))
     assert frozen.image_feature(cells).tolist() == [3.0, 4.0]

@@ -6,7 +6,7 @@ import jax
 import made_folders
 import numpy as np
 import pytest
-from conftest import task_config
+from micro import task_config
 
 from skysense_jax import assembly, outputs
 from skysense_jax.assembly import make_pipeline
@@ -53,7 +53,8 @@ def test_scores_are_those_of_the_command_and_the_main_ones_rank(run, run_dir, fo
     wanted |= {f"kinds/{score}": value for score, value in scores.items()}
     assert found == pytest.approx(wanted, abs=1e-9)
     assert shown.rank(found) == pytest.approx(np.mean([wanted["land/miou"], wanted["kinds/map_micro"]]))
-    assert shown.rank({**found, "kinds/map_micro": None}) == pytest.approx(wanted["land/miou"])
+    assert shown.rank({**found, "kinds/map_micro": None}) is None  # a mean over fewer is another measure
+    assert shown.rank({"land/miou": 0.5}) is None
     assert shown.probe_seconds > 0
 
 
@@ -89,6 +90,25 @@ def test_wrong_entry_is_named_before_anything_is_encoded(run, folder, entry, sai
     config = _config(tuple(text.format(folder=folder) for text in entry))
     with pytest.raises(ValueError, match=f"config.eval.datasets: {said}"):
         outputs.read_labelled(config, run)
+
+
+def _several(monkeypatch, told):
+    """As if there were ``len(told)`` processes; each is None for one that says what this one says."""
+    gather = lambda mine: np.stack([mine if each is None else each for each in told])  # noqa: E731
+    monkeypatch.setattr(outputs.jax, "process_count", lambda: len(told))
+    monkeypatch.setattr(outputs.multihost_utils, "process_allgather", gather)
+
+
+def test_processes_that_read_other_examples_are_told_apart(run, folder, monkeypatch):
+    config = _config(("kinds", f"bigearthnet:{folder}", ""))
+    _several(monkeypatch, [None, None])
+    (probed,) = outputs.read_labelled(config, run)
+    assert probed.facts.splitlines()[1:5] == ["dark", "dry", "wet", "train/0"]
+    _several(monkeypatch, [None, np.zeros(32, np.uint8), None])
+    with pytest.raises(ValueError, match=r"config.eval.datasets: processes \[1\] read other examples than process 0"):
+        outputs.read_labelled(config, run)
+    with pytest.raises(ValueError, match="'kinds': --dataset: nowhere"):  # what this one could not read comes first
+        outputs.read_labelled(_config(("kinds", "nowhere", "scene")), run)
 
 
 def test_dry_run_says_what_is_probed(run, folder):
