@@ -5,12 +5,13 @@
 Rows: raw bands of the 3x3 neighbourhood, the network untrained and the run's teacher, each under a linear classifier
 and k nearest neighbours; the same network trained on the labels alone, from scratch; and the teacher fine-tuned in the
 same way. Runs, labels that are drawn and weights from scratch change with the seed; scenes to test on do not. Every
-figure is stored under --out as soon as it is there. Results: benchmarks/results.md.
+figure is stored under --out as soon as it is there. Not run yet.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import math
 import pathlib
 import sys
@@ -24,7 +25,7 @@ import optax
 from ml_collections import ConfigDict
 
 from benchmarks import learning, study
-from skysense_jax import assembly, sharding
+from skysense_jax import assembly, modalities, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval import probes
@@ -101,18 +102,27 @@ class Networks:
         return dataclasses.replace(model, params=jax.device_get(params), name="untrained")
 
 
-def score(row: str, networks: Networks, train: Examples, test: Examples, seed: int) -> dict[str, dict[str, float]]:
-    """Per protocol the scores of a row."""
+def score(
+    row: str, config: ConfigDict, networks: Networks, train: Examples, test: Examples, seed: int
+) -> dict[str, dict[str, float]]:
+    """Per protocol the scores of a row; raw bands need no run."""
     _, weights, how = ROWS[row]
-    model = networks.teacher(seed) if weights is None else getattr(networks, weights)(seed)
-    if how == TUNED:
-        options = dataclasses.replace(TUNING, seed=seed)
-        return {TUNED: finetune.finetune(model, train, test, task=SEGMENTATION, options=options)}
     options = frozen.Options(seed=seed)
     if weights is None:
-        read = raw_reader(model.rows, model.num_dates)
+        rows = modalities.select(config.data.modalities, config.data.new_modalities)
+        read = raw_reader(rows, dict(config.data.num_dates))
         return frozen.evaluate_cells(read, train, test, options, protocols=frozen.PROTOCOLS)
+    model = getattr(networks, weights)(seed)
+    if how == TUNED:
+        tuning = dataclasses.replace(TUNING, seed=seed)
+        return {TUNED: finetune.finetune(model, train, test, task=SEGMENTATION, options=tuning)}
     return frozen.evaluate(model, train, test, options, protocols=frozen.PROTOCOLS)
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Of all that a figure depends on but its row, share and seed."""
+    here = hashlib.sha256(repr((TUNING, NUM_TRAIN, NUM_TEST)).encode()).hexdigest()[:8]
+    return f"{config_lib.fingerprint(config, study.SECTIONS)} {here}"
 
 
 def measure(
@@ -126,7 +136,7 @@ def measure(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Per "row/share" and seed its figures, missing ones made first; none is begun after ``until`` (time.monotonic)."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    made_by = config_lib.fingerprint(config, study.SECTIONS)
+    made_by = fingerprint(config)
     parts: tuple[Examples, ...] = ()
     for seed in range(seeds):
         for row in rows:
@@ -140,7 +150,8 @@ def measure(
                         labelled_scenes(config, first + NUM_TRAIN, NUM_TEST),
                     )
                     train, test = take_share(parts[0], share, seed=seed), parts[1]
-                    figures = dict(config=made_by, num_train=len(train), scores=score(row, networks, train, test, seed))
+                    scores = score(row, config, networks, train, test, seed)
+                    figures = dict(config=made_by, num_train=len(train), scores=scores)
                     store.put(cell, seed, figures)
                     print(f"{cell} seed {seed}: {figures['scores']}", file=sys.stderr, flush=True)
                 if figures is not None:

@@ -148,6 +148,14 @@ def num_parameters(config: ConfigDict) -> int:
 # ---- figures
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file, and its folder; a kill leaves no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".incomplete")
+    whole.write_text(text)
+    whole.rename(path)
+
+
 class Store:
     """What was measured, one file a row and seed; a file with another config is refused."""
 
@@ -172,11 +180,7 @@ class Store:
         return found
 
     def put(self, row: str, seed: int, figures: Mapping[str, Any]) -> None:
-        path = self._path(row, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".incomplete")  # a kill leaves no half a figure
-        whole.write_text(json.dumps(figures, indent=1) + "\n")
-        whole.rename(path)
+        write_whole(self._path(row, seed), json.dumps(figures, indent=1) + "\n")
 
 
 Train = Callable[[ConfigDict, Mapping[str, Any], int], tuple[pathlib.Path, float]]
@@ -236,7 +240,7 @@ class Runs:
         done = workdir / "study.json"
         if not done.exists():
             found = learning.train(config, self.config_file, workdir, self._records, **fields)
-            done.write_text(json.dumps(found))
+            write_whole(done, json.dumps(found))
         return workdir, json.loads(done.read_text())["minutes"]
 
     def score(self, config: ConfigDict, workdir: pathlib.Path, variant: Variant) -> dict[str, float | None]:

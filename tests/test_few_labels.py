@@ -37,7 +37,7 @@ def test_labels_are_those_of_the_scenes_and_raw_bands_those_of_the_probes(config
 def test_each_share_is_measured_once_and_told(config, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def score(row, networks, train, test, seed):
+    def score(row, config, networks, train, test, seed):
         asked.append((row, len(train), len(test), seed))
         value = dict(miou=0.01 * len(train) + 0.1 * seed)
         return {few_labels.TUNED: value} if row == "scratch" else dict.fromkeys(frozen.PROTOCOLS, value)
@@ -54,19 +54,33 @@ def test_each_share_is_measured_once_and_told(config, tmp_path, monkeypatch, cap
     assert lines[2] == "| raw bands 3x3 | linear | 6.0 ± 63.5 | 6.0 ± 63.5 | 15.0 ± 63.5 | 2 |"  # t of one degree: 12.7
     assert "| untrained | knn | not run | not run | not run | 0 |" in lines
     assert "| supervised from scratch, all weights | tuned | 6.0 ± 63.5 | 6.0 ± 63.5 | 15.0 ± 63.5 | 2 |" in lines
+    slower = few_labels.dataclasses.replace(few_labels.TUNING, learning_rate=1e-4)
+    for name, value in (("TUNING", slower), ("NUM_TRAIN", 11), ("NUM_TEST", 3)):
+        with monkeypatch.context() as edited:
+            edited.setattr(few_labels, name, value)
+            with pytest.raises(ValueError, match="another config"):
+                few_labels.measure(config, ["raw"], **given)
     config.optim.num_steps += 1
     with pytest.raises(ValueError, match="another config"):
         few_labels.measure(config, ["raw"], **given)
 
 
-def test_rows_ask_for_the_weights_and_the_protocol_that_they_name(monkeypatch):
+def test_raw_bands_are_those_of_the_config_and_need_no_run(config, monkeypatch):
+    read = lambda rows, num_dates: ([row.name for row in rows], num_dates)  # noqa: E731
+    monkeypatch.setattr(few_labels, "raw_reader", read)
+    monkeypatch.setattr(frozen, "evaluate_cells", lambda read, *_, protocols: read)
+    found = few_labels.score("raw", config, None, None, None, 0)
+    assert found == (["hr", "s2", "s1"], dict(config.data.num_dates))
+
+
+def test_rows_ask_for_the_weights_and_the_protocol_that_they_name(config, monkeypatch):
     named = lambda name: lambda seed: types.SimpleNamespace(name=name, rows=(), num_dates={})  # noqa: E731
     networks = types.SimpleNamespace(teacher=named("teacher"), untrained=named("untrained"))
     monkeypatch.setattr(frozen, "evaluate", lambda model, *_, protocols: (model.name, protocols))
     monkeypatch.setattr(frozen, "evaluate_cells", lambda read, *_, protocols: ("raw", protocols))
     tune = lambda model, *_, task, options: (model.name, task, options.seed)  # noqa: E731
     monkeypatch.setattr(few_labels.finetune, "finetune", tune)
-    found = {row: few_labels.score(row, networks, None, None, 3) for row in few_labels.ROWS}
+    found = {row: few_labels.score(row, config, networks, None, None, 3) for row in few_labels.ROWS}
     assert found == {
         "raw": ("raw", frozen.PROTOCOLS),
         "untrained": ("untrained", frozen.PROTOCOLS),

@@ -153,6 +153,26 @@ def test_run_asked_by_several_rows_is_trained_once(tmp_path, monkeypatch):
     assert asked == [{"optim.seed": 0}, {"model.backbone.num_prompts": 0, "optim.seed": 0}]
 
 
+def test_kill_while_a_run_is_noted_leaves_no_half_a_note(tmp_path, monkeypatch):
+    def train(config, config_file, workdir, records, **fields):
+        workdir.mkdir(parents=True, exist_ok=True)
+        return {"minutes": 2.0}
+
+    def half(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise Killed
+
+    monkeypatch.setattr(study.learning, "train", train)
+    given = (tiny.get_config(), {"optim.seed": 0}, 0)
+    with monkeypatch.context() as killed:
+        killed.setattr(study.pathlib.Path, "write_text", half)
+        with pytest.raises(Killed):
+            study.Runs("configs/tiny.py", tmp_path, tmp_path / "records").train(*given)
+    assert study.Runs("configs/tiny.py", tmp_path, tmp_path / "records").train(*given)[1] == 2.0
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
 # ---- tables
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from skysense_jax.data.scenes import ATTRIBUTES
+from skysense_jax.eval.probes import LABELS
 from skysense_jax.explain.loading import Run
 from skysense_jax.metrics import FILE_NAME, read_json_lines
 from skysense_jax.page.charts import Curve, curve_chart
@@ -29,6 +31,8 @@ _CHARTS = (
     ("Nearest neighbours, mean IoU", "0-1", r"probe/(.+)/knn_miou", True),
     ("Linear probe, accuracy", "0-1", r"probe/(.+)/accuracy", True),
     ("Nearest neighbours, accuracy", "0-1", r"probe/(.+)/knn_accuracy", True),
+    ("Linear probe, micro mAP, or F1 of change", "0-1", r"probe/(.+)/(?:map_micro|f1)", True),
+    ("Nearest neighbours, F1 of change", "0-1", r"probe/(.+)/knn_f1", True),
     ("Learning rate", "", r"(learning_rate)", True),
     ("Spread of features", "0 collapsed, 1 isotropic", r"feature_std/(.+)", True),
     ("Use of the queries", "1: all differ", r"(query_usage)", True),
@@ -36,6 +40,17 @@ _CHARTS = (
     ("Throughput", "samples a second", r"(samples_per_second)", True),
     ("Time a step", "seconds", r"(step|input_wait)_seconds", True),
 )
+_SCORES = {  # name: in the table, in this order; others follow by their names
+    "miou": "mIoU",
+    "mf1": "mF1",
+    "accuracy": "accuracy",
+    "top_5": "top 5",
+    "map_micro": "micro mAP",
+    "map_macro": "macro mAP",
+    "f1": "F1",
+    "iou": "IoU",
+}
+_OF_SCENES = (LABELS, *ATTRIBUTES)  # names that no labelled dataset of a run can have
 _EVENTS = {"update skipped": "an update that was skipped", "collapse": "a collapse", "loss spike": "a jump of the loss"}
 
 
@@ -61,7 +76,8 @@ def read_lines(path: Directory) -> list[dict[str, Any]]:
 class Probes:
     """What probe.json holds: ``{task/miou, task/accuracy, task/knn_miou, ...}`` per network, behind ``step``.
 
-    Networks are the teacher and, if it was asked for, the untrained one.
+    Networks are the teacher and, if it was asked for, the untrained one. Tasks are those of procedural scenes and the
+    run's labelled datasets.
     """
 
     step: int
@@ -146,7 +162,7 @@ def _finite(lines: list[dict[str, Any]], key: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def section(run: Run, lines: list[dict[str, Any]], closing: Probes | None) -> str:
+def section(lines: list[dict[str, Any]], closing: Probes | None) -> str:
     """HTML: curves over steps, and the closing probes."""
     text = "What was logged on the way. Long runs are drawn as means of neighbouring steps."
     if closing is not None and "untrained" in closing.networks:
@@ -181,14 +197,28 @@ def _chart(lines: list[dict[str, Any]], title: str, unit: str, pattern: str, fro
 
 def _probe_table(closing: Probes) -> str:
     told: Callable[[Any], str] = lambda value: f"{100 * value:.1f}" if isinstance(value, int | float) else ""  # noqa: E731
-    tasks = sorted({key.rpartition("/")[0] for of in closing.networks.values() for key in of})
+    named = lambda task: html.escape(task.replace("_", " "))  # noqa: E731
+    there = {key for of in closing.networks.values() for key, value in of.items() if "/" in key and told(value)}
+    known = {key.rpartition("/")[2].removeprefix("knn_") for key in there}
+    if not there:
+        return ""
+    scores = [*(score for score in _SCORES if score in known), *sorted(known - set(_SCORES))]
+    tasks = sorted({key.rpartition("/")[0] for key in there})
     rows = []
     for task in tasks:
         for protocol, prefix in (("linear", ""), ("nearest neighbours", "knn_")):
-            keys = [f"{task}/{prefix}{score}" for score in ("miou", "accuracy")]
+            keys = [f"{task}/{prefix}{score}" for score in scores]
             numbers = [told(of.get(key)) for key in keys for of in closing.networks.values()]
             if any(numbers):
-                rows.append([html.escape(f"{task.replace('_', ' ')}, {protocol}"), *numbers])
-    heads = [f"{score}, {html.escape(name)}" for score in ("mIoU", "accuracy") for name in closing.networks]
-    caption = f"Probes on held-out procedural scenes behind step {closing.step}, in points"
+                rows.append([f"{named(task)}, {protocol}", *numbers])
+    heads = [html.escape(f"{_SCORES.get(score, score)}, {name}") for score in scores for name in closing.networks]
+    asked = [
+        f"on {where}: {', '.join(map(named, names))}"
+        for where, names in (
+            ("held-out procedural scenes", [task for task in tasks if task in _OF_SCENES]),
+            ("labelled data", [task for task in tasks if task not in _OF_SCENES]),
+        )
+        if names
+    ]
+    caption = f"Closing probes behind step {closing.step}, in points; {'; '.join(asked)}"
     return table(caption, ["task", *heads], rows, classes=["", *["number"] * len(heads)])

@@ -1,4 +1,4 @@
-"""The figures of a report that are read first, each beside what it would be by chance or without training.
+"""The figures of a report that are read first: the loss, and others beside what they are by chance or untrained.
 
 Next: report.py, whose sections say how each is measured.
 """

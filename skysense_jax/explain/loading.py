@@ -44,7 +44,8 @@ def load(workdir: str) -> Run:
     """The run in ``workdir``, a directory or gs://bucket/name.
 
     Raises:
-      ValueError: it is no run, has no checkpoint, or its checkpoints are of another network than their config says.
+      ValueError: it is no run, has no checkpoint, its checkpoints are of another network than their config says, or
+        it has a backbone for each modality.
       RuntimeError: there are checkpoints, and none verifies.
     """
     directory = storage.run_directory(workdir, flag="RUN")
@@ -55,6 +56,7 @@ def load(workdir: str) -> Run:
         )
     try:
         model = loading.load(workdir)
+        loading.check_form(model, shared=True, why="a report shows one backbone, not one for each modality")
         config = model.config
         sizes = list(config.mesh.values())
         return Run(

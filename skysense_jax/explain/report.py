@@ -78,7 +78,7 @@ def report(run: Run, places: Places, *, num_shown: int) -> str:
     legend = imagery.legend([place.labels for place in shown if place.labels is not None], classes)
     of_queries = attention.section(shown, together, maps[:num_shown], selected, rows, classes=classes)
     sections = [
-        ("course", "How it went", course.section(run, lines, closing)),
+        ("course", "How it went", course.section(lines, closing)),
         ("features", "Features", colours.section(shown, together, encoded.alone, rows, classes=classes) + legend),
         ("queries", "What the queries select", of_queries),
         ("experts", "Where experts work", _experts(run, test, encoded.together, rows, num_shown)),
@@ -161,6 +161,7 @@ def _experts(run, test, together, rows, num_shown) -> str:
         chosen,
         rows,
         num_experts=backbone.num_experts,
+        where=routing.mixture_blocks(backbone.depths, backbone.num_moe_blocks, backbone.moe_from),
         classes=run.model.labels.classes,
         num_shown=num_shown,
     )

@@ -133,6 +133,12 @@ def load(
 # ---- on the page
 
 
+def mixture_blocks(depths: Sequence[int], num_moe_blocks: int, moe_from: str) -> str:
+    """Which blocks have experts, in words; the arguments are fields of ``Backbone``."""
+    some = "" if num_moe_blocks == 1 else f" {num_moe_blocks}"
+    return f"the {'last' if moe_from == 'end' else 'first'}{some} of the {sum(depths[2:])} blocks of stages 3 and 4"
+
+
 def section(
     places: Sequence[Place],
     seen: Sequence[SampleFeatures],
@@ -140,15 +146,19 @@ def section(
     rows: Sequence[Modality],
     *,
     num_experts: int,
+    where: str,
     classes: Sequence[str],
     num_shown: int,
 ) -> str:
-    """HTML: ``chosen`` per modality, of each place, of each block; maps of the first ``num_shown`` places."""
+    """HTML: ``chosen`` per modality, of each place, of each block; maps of the first ``num_shown`` places.
+
+    ``where``: the blocks, of ``mixture_blocks``.
+    """
     num_blocks = len(next(iter(chosen.values()))[0])
     colours = [tuple(colormaps["tab20" if num_experts > 10 else "tab10"].colors[e % 20]) for e in range(num_experts)]
     told = guide(
-        "In the last blocks every token goes to one of several MLPs, its expert. Maps show the first choice on the "
-        "clearest date.",
+        f"In {where} every token goes to one of several MLPs, its expert. Maps show the first choice on the clearest "
+        "date.",
         good="every expert has work, and an expert has a kind of ground or a modality.",
         bad="one takes nearly all, or the map is noise.",
     )

@@ -122,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.num_samples < 0 or given.num_dates < 1 or given.examine < 1:
         parser.error("--num_samples: wanted 0 or more; --num_dates, --examine: wanted 1 or more")
+    if given.out and given.out.suffix.lower() == ".csv":
+        parser.error(f"--out: got {given.out}; wanted another ending than .csv, which all suspicions are written under")
     options = dict(num_samples=given.num_samples, num_dates=given.num_dates, examine=given.examine, seed=given.seed)
     out = given.out or given.folder / "inspect.html"
     try:

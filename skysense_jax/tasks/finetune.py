@@ -27,7 +27,7 @@ from skysense_jax.tasks.decoders import CellDecoder, LinearHead, UPerNet
 from skysense_jax.tasks.examples import CHANGE, KINDS, MAPS, MULTI_LABEL, SCENE, Example, Examples, check
 from skysense_jax.tasks.forward import Tuned
 from skysense_jax.tasks.layer_rates import HEAD, make_optimizer
-from skysense_jax.tasks.loading import Model
+from skysense_jax.tasks.loading import Model, check_form
 
 FEATURES = ("auto", "stages", "fused")
 _LOOK_EVERY = 50  # steps between two looks at the loss, for which the host waits
@@ -139,6 +139,7 @@ def _check(model: Model, train: Examples, test: Examples, task: str, options: Op
             f"options.batch_size: got {options.batch_size}; wanted a multiple of the {num_batch_shards()} devices that "
             "share a batch"
         )
+    check_form(model, shared=True, moe_from="end", why="fine-tuning has no rates by layer for another form")
     for split, examples in (("train", train), ("test", test)):
         check(examples, split=split)
 

@@ -41,7 +41,7 @@ def _layers(path: str, length: int, depths: Sequence[int], fusion_depth: int) ->
             return ends[int(found[1]) - 1] + int(found[2]) + 1
         if found := re.match(r"stage([34])/", rest):
             return range(ends[int(found[1]) - 1] + 1, ends[int(found[1]) - 1] + 1 + length)
-        if found := re.match(r"stage([34])_experts/", rest):  # the last blocks of the stage
+        if found := re.match(r"stage([34])_experts/", rest):  # the last blocks of the stage: moe_from is "end"
             return range(ends[int(found[1])] - length + 1, ends[int(found[1])] + 1)
     raise ValueError(f"parameter {path!r}: no rule says which layer it belongs to; add one to tasks/layer_rates.py")
 

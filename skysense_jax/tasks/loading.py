@@ -105,6 +105,18 @@ def _of_export(directory: pathlib.Path, wanted: Sequence[str] | None) -> Model:
     return _model(network, params, asked, config, f"{config.name} at step {training['step']}, exported")
 
 
+def check_form(model: Model, *, why: str, **wanted: Any) -> None:
+    """Nothing, if the fields of ``config.model.backbone`` are what is ``wanted``; ``why`` says whose form that is.
+
+    Raises:
+      ValueError: one is not.
+    """
+    backbone = model.config.model.backbone
+    for field, value in wanted.items():
+        if field in backbone and backbone[field] != value:  # a run of before the field was has the form that is wanted
+            raise ValueError(f"config.model.backbone.{field}: got {backbone[field]!r}; wanted {value!r}: {why}")
+
+
 def _asked(rows: tuple[Modality, ...], wanted: Sequence[str] | None) -> tuple[Modality, ...]:
     """The rows called ``wanted``, all without any; raises ValueError if the model has never seen one."""
     if wanted is None:

@@ -140,6 +140,12 @@ def test_load_of_experts_counts_tokens_and_their_classes():
     assert np.isnan(found.lift[:, 2:]).all()
 
 
+def test_blocks_with_experts_are_told_where_they_are():
+    assert routing.mixture_blocks((2, 2, 6, 2), 3, "end") == "the last 3 of the 8 blocks of stages 3 and 4"
+    assert routing.mixture_blocks((2, 2, 6, 2), 3, "start") == "the first 3 of the 8 blocks of stages 3 and 4"
+    assert routing.mixture_blocks((1, 1, 1, 1), 1, "start") == "the first of the 2 blocks of stages 3 and 4"
+
+
 # ---- neighbours
 
 

@@ -70,14 +70,15 @@ def test_tables_tell_what_the_network_gives(mixture, browser):
         tables = _tables(shown)
         tiles = shown.evaluate("[...document.querySelectorAll('.tiles li')].map(e => e.innerText.replace('\\n', ' '))")
         assert "every token takes the same way" not in _text(shown)
+        assert "In the last of the 2 blocks of stages 3 and 4 every token goes to one of" in _text(shown)
     head = tables["The run"]
     assert head["weights"] == ["the teacher's behind step 10 of 10"]
     assert head["modalities"] == ["hr (1 date), s2 (2 dates), s1 (2 dates)"]
     assert head["data"] == ["scenes (share 1)"]
     num = sum(leaf.size for leaf in jax.tree.leaves(run.model.params))
     assert head["parameters"][0].startswith(f"{num:,} (backbone ")
-    closing = tables["Probes on held-out procedural scenes behind step 10, in points"]
-    assert closing["osm, linear"] == ["25.0", ""]
+    closing = tables["Closing probes behind step 10, in points; on held-out procedural scenes: osm"]
+    assert closing == {"osm, linear": ["25.0"]}
 
     seen = list(
         sample_features(
@@ -192,7 +193,57 @@ def test_curves_of_probes_begin_with_the_untrained_network_and_end_with_the_clos
     assert alone.along(lines[1:]) == lines[1:]  # one point is no curve
 
 
+def test_closing_probes_on_labelled_data_are_told_apart_from_those_on_scenes():
+    teacher = {
+        "osm/miou": 0.5,
+        "osm/knn_miou": 0.25,
+        "forest_type/miou": None,
+        "my_fields/miou": 0.125,
+        "my_fields/mf1": 0.75,
+        "my_fields/knn_mf1": 0.375,
+        "<towns>/map_micro": 0.0625,
+        "<towns>/map_macro": 0.5,
+        "changed/f1": 0.25,
+        "changed/precision": 1.0,
+        "changed/knn_f1": 0.5,
+        "share_of_time": 0.01,
+    }
+    untrained = {key: value and value / 2 for key, value in teacher.items()}
+    lines = [{"step": 4, "probe/changed/f1": 0.2, "probe/share_of_time": 0.3}]
+    made = course.section(lines, course.Probes(8, {"teacher": teacher, "untrained": untrained}))
+    caption = "on held-out procedural scenes: osm; on labelled data: &lt;towns&gt;, changed, my fields"
+    assert f"<caption>Closing probes behind step 8, in points; {caption}</caption>" in made
+    head, *rows = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in made.split("<tr>")[1:])
+    names = ["mIoU", "mF1", "micro mAP", "macro mAP", "F1", "precision"]
+    assert head == ["task", *(f"{name}, {network}" for name in names for network in ("teacher", "untrained"))]
+    found = {name: dict(zip(names, zip(cells[::2], cells[1::2]))) for name, *cells in rows}
+    told = {name: {score: both for score, both in of.items() if any(both)} for name, of in found.items()}
+    assert told == {
+        "&lt;towns&gt;, linear": {"micro mAP": ("6.2", "3.1"), "macro mAP": ("50.0", "25.0")},
+        "changed, linear": {"F1": ("25.0", "12.5"), "precision": ("100.0", "50.0")},
+        "changed, nearest neighbours": {"F1": ("50.0", "25.0")},
+        "my fields, linear": {"mIoU": ("12.5", "6.2"), "mF1": ("75.0", "37.5")},
+        "my fields, nearest neighbours": {"mF1": ("37.5", "18.8")},
+        "osm, linear": {"mIoU": ("50.0", "25.0")},
+        "osm, nearest neighbours": {"mIoU": ("25.0", "12.5")},
+    }
+    for curve in ("changed: 0.125 to 0.25", "&lt;towns&gt;: 0.03125 to 0.0625"):
+        assert f"<title>{curve}</title>" in made.partition("Linear probe, micro mAP, or F1 of change")[2]
+    assert "<towns>" not in made
+    assert "share of time" not in made
+    assert "<table" not in course.section(lines, course.Probes(8, {"teacher": {"osm/miou": None}}))
+
+
 # ---- what is refused
+
+
+def test_run_with_a_backbone_for_each_modality_is_refused(dense_run, monkeypatch):
+    model = loading.load(str(dense_run)).model
+    with model.config.unlocked():
+        model.config.model.backbone.shared = False
+    monkeypatch.setattr(loading.loading, "load", lambda workdir: model)
+    with pytest.raises(ValueError, match=r"^RUN: config\.model\.backbone\.shared: got False; wanted True: a report"):
+        loading.load(str(dense_run))
 
 
 def test_records_that_are_gone_are_refused_and_scenes_offered(dense_run):

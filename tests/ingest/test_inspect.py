@@ -420,6 +420,7 @@ def test_what_is_drawn_does_not_depend_on_what_else_is_there(records):
         (["nowhere"], "nowhere is no folder; wanted one that ingest.build wrote"),
         (["."], "has neither index.parquet nor *.array_record files"),
         ([".", "--num_samples", "-1"], "--num_samples: wanted 0 or more"),
+        ([".", "--out", "x.csv"], "--out: got x.csv; wanted another ending than .csv"),
     ],
 )
 def test_what_is_no_dataset_is_refused_with_words(arguments, told, tmp_path, monkeypatch, capsys):

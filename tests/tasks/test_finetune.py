@@ -178,6 +178,11 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
     tune = lambda train=maps, test=maps, task=SEGMENTATION, model=model, **options: finetune.tune(  # noqa: E731
         model, train, test, task=task, options=dataclasses.replace(QUICK, **options)
     )
+    forms = []
+    for form in (dict(shared=False), dict(moe_from="start")):
+        config = model.config.copy_and_resolve_references()
+        config.model.backbone.update(form)
+        forms.append(dataclasses.replace(model, config=config))
     two = dataclasses.replace(model, rows=(*model.rows, dataclasses.replace(model.rows[0], name="other")))
     for wrong, message in (
         (dict(task="detection"), r"task: got 'detection' with examples 'segmentation' to train on"),
@@ -190,6 +195,8 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
         (dict(layer_decay=0.0), r"options.layer_decay: got 0.0; wanted above 0"),
         (dict(overlap=1.0), r"options.overlap: got 1.0; wanted 0 to below 1"),
         (dict(weighting="flat"), r"options.weighting: got 'flat'; wanted one of"),
+        (dict(model=forms[0]), r"config.model.backbone.shared: got False; wanted True: fine-tuning"),
+        (dict(model=forms[1]), r"config.model.backbone.moe_from: got 'start'; wanted 'end': fine-tuning"),
     ):
         with pytest.raises(ValueError, match=message):
             tune(**wrong)
