@@ -11,8 +11,7 @@ from typing import Any
 from skysense_jax.modalities import Modality
 
 # Fields of the backbone that change its cost.
-COSTLY = ("width", "depths", "window", "mlp_ratio", "num_prompts")
-COSTLY += ("experts_per_token", "num_moe_blocks", "moe_from")
+COSTLY = ("width", "depths", "window", "mlp_ratio", "num_prompts", "experts_per_token", "num_moe_blocks", "moe_from")
 
 
 @dataclasses.dataclass(frozen=True)

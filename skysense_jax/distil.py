@@ -51,12 +51,7 @@ class FrozenTeacher:
 
     def abstract(self, mesh: Mesh) -> Any:
         """Shapes of the parameters that are used, with their places on the mesh."""
-        boxed = self.boxed()
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            sharding.unbox(boxed),
-            sharding.tree_shardings(boxed, mesh),
-        )
+        return sharding.abstract(self.boxed(), mesh)
 
     def restore(self, mesh: Mesh) -> "FrozenWeights":
         """The weights of the run's own teacher, on the mesh.

@@ -135,7 +135,7 @@ class Outputs:
         for each in self._labelled:
             found |= each.scores(params)
         if not found:
-            logging.info("no probe: no config.eval.datasets, and this run has none of %s", scenes.MODALITIES)
+            logging.info("no probe: nothing of config.eval.datasets, and no scenes of %s", scenes.MODALITIES)
             return {}
         if jax.process_count() > 1:  # sums may be rounded in another way on another host; the best is one for all
             found = dict(zip(found, map(float, multihost_utils.broadcast_one_to_all(np.array([*found.values()])))))
@@ -153,18 +153,9 @@ def read_labelled(config: ConfigDict, run: Run) -> tuple[Labelled, ...]:
     if not config.eval.datasets:
         return ()
     from skysense_jax.tasks import probing  # of the extra "ingest"
-    from skysense_jax.tasks.loading import Model
+    from skysense_jax.tasks.loading import model_of
 
-    model = Model(
-        network=run.network,
-        params=None,
-        rows=run.modalities,
-        labels=run.labels,
-        cells=config.data.views.global_cells,
-        num_dates=dict(config.data.num_dates),
-        config=config,
-        name=config.name,
-    )
+    model = model_of(run.network, None, run.modalities, config, config.name)
     found, problem = (), None
     try:
         found = probing.read(config.eval.datasets, model, batch_size=config.eval.batch_size)

@@ -143,6 +143,15 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(place, boxed, is_leaf=_is_box)
 
 
+def abstract(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A tree of boxed shapes as shapes with their places on the mesh: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        unbox(boxed),
+        tree_shardings(boxed, mesh),
+    )
+
+
 def undivided(boxed: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     """Paths of the leaves of which an axis is whole on every device, because its mesh axes do not divide it."""
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from skysense_jax import compiler
 from skysense_jax.batch import Batch
 from skysense_jax.models.skysense import SkySense
-from skysense_jax.sharding import batch_sharding, tree_shardings, unbox
+from skysense_jax.sharding import abstract, batch_sharding, tree_shardings, unbox
 
 
 @struct.dataclass
@@ -67,11 +67,7 @@ def state_shardings(boxed: TrainState, mesh: Mesh) -> TrainState:
 
 def abstract_state(boxed: TrainState, mesh: Mesh) -> TrainState:
     """Shapes with shardings: what a checkpoint is restored into."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        unbox(boxed),
-        state_shardings(boxed, mesh),
-    )
+    return abstract(boxed, mesh)
 
 
 def jit_step(step: Any, boxed: TrainState, mesh: Mesh) -> Any:

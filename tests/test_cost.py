@@ -6,7 +6,7 @@ import pytest
 
 from configs import huge, tiny
 from skysense_jax import cost, modalities
-from skysense_jax.models.backbone import Backbone
+from skysense_jax.models.skysense import make_backbone
 
 ROWS = modalities.select(("hr", "s2", "s1"))
 
@@ -39,7 +39,7 @@ def test_batch_costs_its_samples_and_more_where_the_teacher_sees_local_views():
 def test_backbone_formula_matches_the_compiler(name):
     fields = dict(tiny.get_config().model.backbone)
     row = modalities.MODALITIES[name]
-    network = Backbone(modalities=(row,), **fields, scan_unroll=2)  # unrolled: a scan body would be counted once
+    network = make_backbone((row,), **fields, scan_unroll=2)  # unrolled: a scan body would be counted once
     side, cells = 8 * row.tokens_per_cell, 8
     images = {
         name: jax.ShapeDtypeStruct(

@@ -132,7 +132,16 @@ def _global_block(
 
 # ---- the network
 
-_FORM = dict(shared=True, moe_from="end")
+
+def check_form(backbone: Mapping[str, Any], *, why: str, **wanted: Any) -> None:
+    """Nothing, if the fields of ``config.model.backbone`` are what is ``wanted``; ``why`` says whose form that is.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for field, value in wanted.items():
+        if field in backbone and backbone[field] != value:  # a run of before the field was has the form that is wanted
+            raise ValueError(f"config.model.backbone.{field}: got {backbone[field]!r}; wanted {value!r}: {why}")
 
 
 def weights(
@@ -145,12 +154,8 @@ def weights(
     Raises:
       ValueError: the PyTorch network has no such form.
     """
-    for field, wanted in _FORM.items():
-        if field in backbone and backbone[field] != wanted:  # a run of before the field was has the form that is wanted
-            raise ValueError(
-                f"config.model.backbone.{field}: got {backbone[field]!r}; wanted {wanted!r}: the PyTorch network has "
-                "no form that is there to compare with (benchmarks/study.py)"
-            )
+    why = "the PyTorch network has no form that is there to compare with (benchmarks/study.py)"
+    check_form(backbone, why=why, shared=True, moe_from="end")
     width, depths = backbone["width"], backbone["depths"]
     for m in modalities:
         name, path = f"patch_embed.{m.name}", f"backbone/tokenizer_{m.name}"

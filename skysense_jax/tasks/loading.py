@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from skysense_jax import __version__, assembly, checkpoint, sharding, storage
 from skysense_jax import config as config_lib
-from skysense_jax.export import from_torch, write
+from skysense_jax.export import from_torch, names, write
 from skysense_jax.modalities import LabelMap, Modality, label_map, select
 from skysense_jax.models import skysense
 from skysense_jax.trees import named_leaves
@@ -78,7 +78,7 @@ def _of_run(directory: storage.Directory, wanted: Sequence[str] | None) -> Model
     network, rows = _network(config, directory)
     asked = _asked(rows, wanted)
     restored = checkpoint.restore_params(directory, _shapes(network, config, rows))
-    model = _model(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
+    model = model_of(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
     return dataclasses.replace(model, step=restored.step, code=restored.meta.get("code"))
 
 
@@ -102,7 +102,7 @@ def _of_export(directory: pathlib.Path, wanted: Sequence[str] | None) -> Model:
         raise ValueError(f"--model: {directory}: no weights for {', '.join(missing[:5])}")
     leaves = [jax.device_put(np.ascontiguousarray(taken.params[path])) for path in named_leaves(parts)]
     params = jax.tree.unflatten(jax.tree.structure(parts), leaves)
-    return _model(network, params, asked, config, f"{config.name} at step {training['step']}, exported")
+    return model_of(network, params, asked, config, f"{config.name} at step {training['step']}, exported")
 
 
 def check_form(model: Model, *, why: str, **wanted: Any) -> None:
@@ -111,10 +111,7 @@ def check_form(model: Model, *, why: str, **wanted: Any) -> None:
     Raises:
       ValueError: one is not.
     """
-    backbone = model.config.model.backbone
-    for field, value in wanted.items():
-        if field in backbone and backbone[field] != value:  # a run of before the field was has the form that is wanted
-            raise ValueError(f"config.model.backbone.{field}: got {backbone[field]!r}; wanted {value!r}: {why}")
+    names.check_form(model.config.model.backbone, why=why, **wanted)
 
 
 def _asked(rows: tuple[Modality, ...], wanted: Sequence[str] | None) -> tuple[Modality, ...]:
@@ -159,7 +156,10 @@ def _shapes(network: skysense.SkySense, config: ConfigDict, rows: tuple[Modality
     return sharding.unbox(boxed)
 
 
-def _model(network: skysense.SkySense, params: Any, rows: tuple[Modality, ...], config: ConfigDict, name: str) -> Model:
+def model_of(
+    network: skysense.SkySense, params: Any, rows: tuple[Modality, ...], config: ConfigDict, name: str
+) -> Model:
+    """The network of a run of ``config``, read as the run reads its samples."""
     return Model(
         network=network,
         params=params,
