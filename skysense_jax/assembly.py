@@ -80,6 +80,24 @@ def _takes_cudnn(device: Any) -> bool:
     return device.platform != "gpu" or (re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8)
 
 
+def _efficiency_of_teacher(config: ConfigDict, model: ConfigDict, platform: str | None) -> dict[str, Any]:
+    """``efficiency`` for a teacher of these ``config.model`` in the run of ``config``.
+
+    Raises:
+      ValueError: cuDNN, which the run asks for by its name, does not take the teacher.
+    """
+    taught = config.copy_and_resolve_references()
+    with taught.unlocked():
+        taught.model = model
+    problems = list(config_layout.cudnn_problems(taught)) if "cudnn" in config.efficiency.attention else []
+    if problems:
+        raise ValueError(
+            f"config.objective.distil.teacher: {'; '.join(problems)}: so it is in the teacher's run. Wanted "
+            "config.efficiency.attention 'auto' or 'xla', or another teacher"
+        )
+    return efficiency(taught, platform)
+
+
 def assemble(
     config: ConfigDict,
     platform: str | None = None,
@@ -96,9 +114,11 @@ def assemble(
     """
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
     labels = modalities.label_map(config.data.label_classes)
-    kernels = {"attention": attention, "window_attention": window_attention}
-    kernels = efficiency(config, platform) | {name: kernel for name, kernel in kernels.items() if kernel}
-    frozen = distil.frozen_teacher(config, rows, kernels)
+    given = {"attention": attention, "window_attention": window_attention}
+    given = {name: kernel for name, kernel in given.items() if kernel}
+    kernels = efficiency(config, platform) | given
+    of_teacher = lambda model: _efficiency_of_teacher(config, model, platform) | given  # noqa: E731
+    frozen = distil.frozen_teacher(config, rows, of_teacher)
     widths = None if frozen is None else frozen.widths
     network = skysense.build(rows, **config.model, **kernels, distil_widths=widths)
     objective = config.objective

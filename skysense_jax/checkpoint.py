@@ -322,6 +322,14 @@ def _of_process_0(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [dict(saved_s=saved_s, score=score if math.isfinite(score) else None) for saved_s, score in told]
 
 
+def _steps_of_process_0(steps: Sequence[int]) -> Sequence[int]:
+    """The steps that process 0 lists: of a run that trains on, each process may find others, and all must read one."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps), np.int32)))
+    return multihost_utils.broadcast_one_to_all(np.resize(np.asarray(steps, np.int32), count)).tolist()
+
+
 def restore_params(
     workdir: Any,
     abstract_params: Any,
@@ -343,6 +351,7 @@ def restore_params(
     """
     assert weights in ("teacher", "student"), weights
     with _reading(workdir, step) as (manager, steps):
+        steps = _steps_of_process_0(steps) if step is None else steps
         first = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first),

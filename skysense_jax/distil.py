@@ -6,10 +6,11 @@ losses/distil.py. Next: assembly.py, which builds on it before anything is compi
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -54,13 +55,22 @@ class FrozenTeacher:
         return sharding.abstract(self.boxed(), mesh)
 
     def restore(self, mesh: Mesh) -> "FrozenWeights":
-        """The weights of the run's own teacher, on the mesh.
+        """The weights of the run's own teacher, on the mesh; those that it does not divide are told.
 
         Raises:
           ValueError: there is no such checkpoint, it is of another version of the network, or none verifies.
         """
+        boxed = self.boxed()
+        if whole := sharding.undivided(boxed, mesh):
+            logging.warning(
+                "config.mesh does not divide %d parameters of the teacher (%s), whole on every device: %s",
+                len(whole),
+                _FIELD,
+                whole,
+            )
+        abstract = sharding.abstract(boxed, mesh)
         try:
-            found = checkpoint.restore_params(self.directory, self.abstract(mesh), parts=_PARTS, step=self.step)
+            found = checkpoint.restore_params(self.directory, abstract, parts=_PARTS, step=self.step)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{_FIELD}: {str(error).removeprefix('--workdir: ')}") from error
         digest = checkpoint.text_digest(digests.tree_digests(found.state))[:16]
@@ -76,11 +86,13 @@ class FrozenWeights:
 
 
 def frozen_teacher(
-    config: ConfigDict, rows: Sequence[modalities.Modality], kernels: Mapping[str, Any]
+    config: ConfigDict,
+    rows: Sequence[modalities.Modality],
+    kernels: Callable[[ConfigDict], Mapping[str, Any]],
 ) -> FrozenTeacher | None:
     """What ``config`` distils, None if nothing; of the teacher's run its notes are read.
 
-    ``rows``: of the run that learns; ``kernels``: its ``assembly.efficiency``.
+    ``rows``: of the run that learns; ``kernels``: of a network of these ``config.model`` in it.
 
     Raises:
       ValueError: there is no such run, or it cannot teach this one: a line for each reason.
@@ -101,10 +113,10 @@ def frozen_teacher(
         ) from error
     if problems := list(_problems(config, rows, of_teacher)):
         raise ValueError("\n".join(problems))
-    model = of_teacher.model.to_dict() | {"compute_dtype": config.model.compute_dtype}
+    model = ConfigDict(of_teacher.model.to_dict() | {"compute_dtype": config.model.compute_dtype})
     theirs = modalities.select(of_teacher.data.modalities, of_teacher.data.new_modalities)
     try:
-        network = skysense.build(theirs, **model, **kernels)
+        network = skysense.build(theirs, **model, **kernels(model))
     except TypeError as error:
         raise ValueError(f"{_FIELD}: {directory} is of another version of the network: {error}") from error
     backbone, levels = of_teacher.model.backbone, dict(stage3=4, stage4=8)

@@ -52,7 +52,7 @@ def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigD
     code = meta.get("code", now["code"])  # a checkpoint of export.from_torch has a config only
     if code != now["code"]:
         logging.warning("going on with other code than before: %s -> %s", code, now["code"])
-    distilled = meta.get("distilled", now["distilled"])
+    distilled = meta["distilled"] if "distilled" in meta else _distilled_before(meta, now)
     if distilled != now["distilled"]:
         raise ValueError(
             f"config.objective.distil: the run in --workdir learns from {_of_step(distilled)}, this config from "
@@ -66,6 +66,13 @@ def check_same_run(meta: dict[str, Any], *, now: dict[str, Any], config: ConfigD
         if "data" not in accepted:
             raise ValueError(f"{told}: another order of samples. Bring them back, or say --accept=data to go on")
         logging.warning("%s; going on with --accept=data", told)
+
+
+def _distilled_before(meta: dict[str, Any], now: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint distils that does not say so: export.from_torch leaves it to the first start; without a weight
+    for it in the config the run is one of before there was distillation, and learns from no other."""
+    weights = config_lib.unflatten(meta["config"]).get("objective", {}).get("weights", {})
+    return now["distilled"] if weights.get("distil") else None
 
 
 def _of_step(distilled: dict[str, Any] | None) -> str:

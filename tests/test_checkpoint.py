@@ -3,6 +3,7 @@
 import pathlib
 import resource
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -360,6 +361,18 @@ def test_restore_params_needs_to_know_the_teacher_only(tmp_path):
         restore_params(tmp_path, shapes, step=7)
     with pytest.raises(ValueError, match="there is no"):
         restore_params(tmp_path / "nowhere", shapes)
+
+
+def test_restore_params_takes_the_steps_that_process_0_found(tmp_path, monkeypatch):
+    """Of a run that trains on, another process lists one more."""
+    saved_run(tmp_path).close()
+    shapes = placed(make_state(), (1, 1)).teacher
+    assert restore_params(tmp_path, shapes).step == 2
+    process_0 = {"broadcast_one_to_all": lambda here: np.asarray([1] if np.ndim(here) else 1)}
+    monkeypatch.setattr(checkpoint, "multihost_utils", types.SimpleNamespace(**process_0))
+    monkeypatch.setattr(checkpoint, "jax", types.SimpleNamespace(**{**vars(jax), "process_count": lambda: 2}))
+    assert restore_params(tmp_path, shapes).step == 1
+    assert restore_params(tmp_path, shapes, step=2).step == 2
 
 
 def test_restore_params_damaged_newest_falls_back_without_touching_the_files(tmp_path, errors):

@@ -12,7 +12,20 @@ from loading import module_from_file
 from micro import Compiled, StopBehind, assembled_once, created_once, distil_config, mono_config
 from safetensors.numpy import load_file
 
-from skysense_jax import assembly, checkpoint, cost, metrics, modalities, outputs, resume, sharding, train, train_state
+from skysense_jax import (
+    assembly,
+    checkpoint,
+    cost,
+    feed,
+    metrics,
+    modalities,
+    outputs,
+    resume,
+    sharding,
+    targets,
+    train,
+    train_state,
+)
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.data.pipeline import FIRST_STATE, PipelineIterator
@@ -20,7 +33,12 @@ from skysense_jax.eval.features import sample_features
 from skysense_jax.export import __main__ as export
 from skysense_jax.export import write
 from skysense_jax.launch.stop import Stopped
+from skysense_jax.losses import distil
 from skysense_jax.models import skysense
+from skysense_jax.plan import __main__ as plan
+from skysense_jax.plan import forecast
+from skysense_jax.sides import Side
+from skysense_jax.train_step import frozen_sees
 from skysense_jax.trees import named_leaves
 
 STEPS = (3, 8)
@@ -31,7 +49,7 @@ def _teacher_config():
     config = mono_config()
     config.name = "mono_teacher"
     config.data.update(modalities=("s1", "s2"), num_dates=dict(s1=3, s2=1))
-    config.model.backbone.update(width=64, depths=(1, 1, 2, 1), num_moe_blocks=0)
+    config.model.backbone.update(width=64, depths=(1, 1, 2, 1))
     config.model.fusion.update(width=96)
     return config
 
@@ -47,6 +65,13 @@ def _save(workdir: pathlib.Path, config, steps) -> None:
         draw = lambda leaf: jax.numpy.asarray(0.15 * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
         state = {"teacher": jax.tree.map(draw, sharding.unbox(boxed))}
         checkpoints.save(step, state, data_state=FIRST_STATE, meta={"config": config_lib.flat_text(config)})
+    checkpoints.close()
+
+
+def _save_nothing_but_the_config(workdir: pathlib.Path, config) -> None:
+    checkpoints = checkpoint.Checkpoints(workdir, every_steps=1, keep_last=3, keep_every_steps=100)
+    state = {"teacher": jax.numpy.zeros(1)}
+    checkpoints.save(1, state, data_state=FIRST_STATE, meta={"config": config_lib.flat_text(config)})
     checkpoints.close()
 
 
@@ -125,15 +150,20 @@ def test_resume_with_other_weights_of_the_teacher_is_refused(straight):
         _train(other, workdir)
 
 
-def test_one_device_in_microbatches_gives_the_numbers_of_eight_and_a_gradient_to_the_student_alone(straight):
-    workdir, config, _ = straight
-    config = config.copy_and_resolve_references()
+@pytest.fixture(scope="module")
+def alone(straight):
+    """The step on one device in microbatches, and what ``straight`` gave its first one: state and batch."""
+    config = straight[1].copy_and_resolve_references()
     config.mesh.update(data=1, fsdp=1)
     config.parts.microbatches = 2
-    alone = Compiled(config, jax.devices()[:1])
-    before = _leaves(alone.frozen)
     first = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.devices()[0]), _first_state(straight[1]))
-    state, logged = alone(first, next(iter(train.make_pipeline(config))))
+    return Compiled(config, jax.devices()[:1]), first, next(iter(train.make_pipeline(config)))
+
+
+def test_one_device_in_microbatches_gives_the_numbers_of_eight_and_a_gradient_to_the_student_alone(straight, alone):
+    workdir, (alone, first, element) = straight[0], alone
+    before = _leaves(alone.frozen)
+    state, logged = alone(first, element)
     of_eight = metrics.read_json_lines(workdir / metrics.FILE_NAME)[0]
     for name, value in logged.items():
         np.testing.assert_allclose(value, of_eight[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -150,6 +180,41 @@ def test_one_device_in_microbatches_gives_the_numbers_of_eight_and_a_gradient_to
     assert {"distil/stage3/kernel", "distil/stage4/kernel", "distil/fused/kernel"} <= asked
 
 
+def test_gradient_of_the_term_beside_another_is_its_gradient_alone(straight, alone):
+    """Of the norms of a step on both terms, against the step on one."""
+    config = alone[0].config.copy_and_resolve_references()
+    config.objective.weights.text_alignment = 1.0
+    run, mesh = assembly.assemble(config), alone[0].mesh
+    with jax.set_mesh(mesh):
+        boxed = train_state.boxed_state(run.network, run.optimizer, alone[0].shapes).student
+        given = alone[1], feed.to_device(alone[2], mesh), alone[0].frozen
+        found = jax.device_get(jax.jit(lambda *given: run.norms(boxed, *given))(*given))["gradient"]
+    assert set(found) == {"distil", "text_alignment", "loss"}
+    first = metrics.read_json_lines(straight[0] / metrics.FILE_NAME)[0]
+    total = {term: np.sqrt(sum(np.square(float(norm)) for norm in of.values())) for term, of in found.items()}
+    assert total["distil"] == pytest.approx(first["gradient_norm"], rel=1e-4)
+    assert total["text_alignment"] > 0
+    assert abs(total["loss"] - total["distil"]) > 1e-3 * total["distil"]
+
+
+def test_teacher_routes_as_after_its_training(alone):
+    """Its experts take all tokens; with the capacity of training they would leave some out."""
+    step, first, element = alone
+    (sides,), network = step.run.norms.args, step.run.frozen.network
+
+    def said(state, batch, params):
+        inputs, _, targets = sides.look(state, batch, params)
+        ways = [Side(network, params, drops=False, train=train) for train in (False, True)]
+        seen = [frozen_sees(side, inputs, objective=sides.objective) for side in ways]
+        return targets.frozen.sets, *(distil.standardised(sets) for sets in seen)
+
+    with jax.set_mesh(step.mesh):
+        got, whole, limited = map(_leaves, jax.jit(said)(first, feed.to_device(element, step.mesh), step.frozen))
+    for path, value in whole.items():
+        np.testing.assert_allclose(got[path], value, atol=1e-3, err_msg=path)
+    assert max(np.abs(got[path] - value).max() for path, value in limited.items() if "features" in path) > 0.1
+
+
 def test_frozen_weights_lie_divided_over_the_mesh_and_their_cost_is_counted(teacher):
     config = distil_config(teacher)
     run, mesh = assembly.assemble(config), sharding.make_mesh(data=2, fsdp=4, tensor=1, expert=1)
@@ -162,6 +227,61 @@ def test_frozen_weights_lie_divided_over_the_mesh_and_their_cost_is_counted(teac
     model = run.frozen.config.model
     whole = cost.batch_flops(run.modalities, data=alone.data, model=model, teacher_local=False)
     assert more == pytest.approx(whole / 4, rel=1e-12)
+
+
+def test_plan_compares_with_the_formula_of_both_networks(teacher, monkeypatch):
+    """Of a step that only adds, which compiles at once."""
+    config = distil_config(teacher)
+    run = assembled_once(config)
+    whole = assembly.batch_flops(config, run.modalities, run.frozen)
+    step = lambda state, batch, frozen: (jax.tree.map(lambda leaf: leaf + 1, state), {})  # noqa: E731
+    monkeypatch.setattr(forecast.assembly, "assemble", lambda *args: dataclasses.replace(run, step=step))
+    mesh = sharding.make_mesh(**config.mesh)
+    found = dataclasses.replace(forecast.compile_step(config, mesh), flops=3 * whole / mesh.size)
+    target = targets.parse("v5p:8")
+    text = plan.report(config, target, found)
+    assert "3.00 x the model's by formula" in text
+    used = whole / mesh.size / target.chip.flops / found.step_seconds(target)
+    assert f"{used:.0%} of the rated FLOPs" in text
+
+
+def test_weights_of_the_teacher_that_the_mesh_does_not_divide_are_told(teacher, caplog):
+    frozen = assembly.assemble(distil_config(teacher)).frozen  # 64 wide, its fusion 96
+    frozen.restore(sharding.make_mesh(data=1, fsdp=3, tensor=1, expert=1, devices=jax.devices()[:3]))
+    (told,) = (record.getMessage() for record in caplog.records if "does not divide" in record.getMessage())
+    assert "parameters of the teacher (config.objective.distil.teacher)" in told
+    assert "['backbone']['stage3']['mlp']['hidden']['kernel']" in told
+    assert "['fusion']['day_embedding']" not in told
+
+
+@pytest.mark.parametrize(
+    ("student", "of_teacher", "chosen"),
+    [
+        ({}, {}, ("cudnn", "cudnn")),
+        ({}, {"backbone.head_width": 4}, ("cudnn", "xla")),
+        ({"backbone.num_prompts": 3}, {}, ("xla", "cudnn")),
+    ],
+)
+def test_attention_of_each_network_is_by_its_own_fields(student, of_teacher, chosen, tmp_path):
+    theirs = _teacher_config()
+    theirs.model.update_from_flattened_dict(of_teacher)
+    _save_nothing_but_the_config(tmp_path, theirs)
+    config = distil_config(tmp_path)
+    config.data.num_dates.s1 = 3
+    config.model.update_from_flattened_dict({"compute_dtype": "bfloat16", **student})
+    run = assembly.assemble(config, "gpu")
+    assert (run.network.backbone.attention, run.frozen.network.backbone.attention) == chosen
+
+
+def test_cudnn_by_name_that_does_not_take_the_teacher_is_refused(tmp_path):
+    theirs = _teacher_config()
+    theirs.model.fusion.head_width = 4
+    _save_nothing_but_the_config(tmp_path, theirs)
+    config = distil_config(tmp_path)
+    config.data.num_dates.s1 = 3
+    config.model.compute_dtype, config.efficiency.attention = "bfloat16", "cudnn"
+    with pytest.raises(ValueError, match=r"^config\.objective\.distil\.teacher: .*fusion\.head_width: got 4; .*'auto'"):
+        assembly.assemble(config, "gpu")
 
 
 # ---- what comes out of it

@@ -1,11 +1,12 @@
 """What a run may begin with and go on from: the same model, and the same files unless told."""
 
+import contextlib
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from micro import mono_config
+from micro import distil_config, mono_config
 from states import make_state, open_run, placed, put
 
 from skysense_jax import config as config_lib
@@ -29,6 +30,18 @@ def test_resume_on_other_files_or_code_is_refused_or_told(tmp_path, caplog):
     resume.check_same_run(before, now=now | {"code": "0 abc"}, config=config, accepted=("data",))
     assert "going on with other code than before" in caplog.text
     assert "going on with --accept=data" in caplog.text
+
+
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_resume_of_a_checkpoint_that_does_not_say_what_it_distils(of_torch):
+    """A run of before there was distillation learns from nothing; what export.from_torch wrote has yet to begin."""
+    config = distil_config("runs/teacher")
+    now = resume.run_facts(config) | {"distilled": {"step": 8, "digest": "ab"}}
+    lines = config_lib.flat_text(config).splitlines(keepends=True)
+    before = {"config": "".join(line for line in lines if of_torch or "distil" not in line)}
+    wanted = r"^config\.objective\.distil: .* learns from no other run, this config from step 8 .*--init_from"
+    with contextlib.nullcontext() if of_torch else pytest.raises(ValueError, match=wanted):
+        resume.check_same_run(before, now=now, config=config, accepted=())
 
 
 def _train_state(seed):

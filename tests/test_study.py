@@ -95,8 +95,8 @@ class Trained:
         return {f"{task}/miou": 0.1 * config.optim.seed + 0.01 * i for i, task in enumerate(TASKS)}
 
 
-def _measure(tmp_path, trained, *, config=None, **given):
-    rows = {row: study.ROWS[row] for row in ("prompts/on", "prompts/off")}
+def _measure(tmp_path, trained, *, config=None, rows=None, **given):
+    rows = rows or {row: study.ROWS[row] for row in ("prompts/on", "prompts/off")}
     given = dict(seeds=2, store=study.Store(tmp_path), train=trained.train, score=trained.score) | given
     return study.measure(rows, config or tiny.get_config(), **given)
 
@@ -151,6 +151,17 @@ def test_run_asked_by_several_rows_is_trained_once(tmp_path, monkeypatch):
         fields = {**study.ROWS[row].fields, "optim.seed": 0}
         assert runs.train(study.applied(tiny.get_config(), fields), fields, 0)[1] == 2.0
     assert asked == [{"optim.seed": 0}, {"model.backbone.num_prompts": 0, "optim.seed": 0}]
+
+
+def test_rows_of_one_config_are_scored_once(tmp_path):
+    trained = Trained()
+    rows = {
+        row: study.ROWS[row] for row in ("losses/all", "losses/mgcl_off", "prompts/on", "dropped/none", "dropped/hr")
+    }
+    found = _measure(tmp_path, trained, rows=rows, seeds=1)
+    assert trained.probes == ["all losses", "L_MGCL left out", "without hr"]
+    assert found["prompts/on"] == found["dropped/none"] == found["losses/all"]
+    assert found.keys() == rows.keys()
 
 
 def test_kill_while_a_run_is_noted_leaves_no_half_a_note(tmp_path, monkeypatch):

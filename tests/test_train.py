@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import made_folders
 import numpy as np
 import pytest
 from micro import StopBehind, assembled_once, created_once, micro_config, mono_config
@@ -19,7 +20,9 @@ from skysense_jax import config as config_lib
 from skysense_jax.data import records
 from skysense_jax.data.records import ShardWriter, encode_sample
 from skysense_jax.data.sample import Sample, Series
+from skysense_jax.eval.probes import MAX_CELLS
 from skysense_jax.launch.stop import Stopped
+from skysense_jax.tasks import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -198,6 +201,25 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
     of_straight = {line["step"]: line["loss"] for line in metrics.read_json_lines(straight[0] / metrics.FILE_NAME)}
     assert all("probe/share_of_time" in line for step, line in lines.items() if step in told)
     assert {step: line["loss"] for step, line in lines.items()} == {step: of_straight[step] for step in (1, 2, 3, 5)}
+
+
+def test_run_is_probed_on_labelled_data_of_the_user_and_keeps_the_best(tmp_path, monkeypatch):
+    folder = made_folders.labelled_records(tmp_path / "records")
+    config = mono_config()
+    config.optim.num_steps = 4
+    config.run.update(checkpoint_every_steps=1, keep_last=2, keep_every_steps=100, keep_best=True)
+    config.eval.update(datasets=(("land", str(folder), "segmentation"),), probe_every_steps=1, batch_size=8)
+    _train(config, tmp_path / "run", monkeypatch)
+    lines = {line["step"]: line for line in metrics.read_json_lines(tmp_path / "run" / metrics.FILE_NAME)}
+    mious = {step: line["probe/land/miou"] for step, line in lines.items()}
+    assert list(mious) == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "probe.json").read_text())["teacher"]["land/miou"] == mious[4]
+    best = max(mious, key=mious.get)
+    assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {best, 3, 4}
+    request = evaluate.Request(
+        model=str(tmp_path / "run"), dataset=str(folder), task="segmentation", protocol="linear", max_cells=MAX_CELLS
+    )
+    assert evaluate.evaluate(request)["scores"]["miou"] == pytest.approx(mious[4], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
     """The table that the command prints."""
     chip, samples = target.chip, config.data.batch_size
     rows = modalities.select(config.data.modalities, config.data.new_modalities)
-    model_flops = assembly.batch_flops(config, rows) / target.num_chips
     batch_bytes = dry_run.batch_bytes(assembly.batch_shapes(config, rows))
     efficiency = assembly.efficiency(config, chip.platform)
     (work, exposed), hosts = f.played(target), max(target.num_chips // chip.chips_per_host, 1)
@@ -53,7 +52,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         row("peak", gib(f.peak_bytes), f"{f.peak_bytes / chip.memory_bytes:.0%} of {gib(chip.memory_bytes)}"),
         "",
         "of one device and step",
-        row("FLOPs as traced, T", f"{f.flops / 1e12:.4f}", f"{f.flops / model_flops:.2f} x the model's by formula"),
+        row("FLOPs as traced, T", f"{f.flops / 1e12:.4f}", f"{f.flops / f.model_flops:.2f} x the model's by formula"),
         row("FLOPs of its instructions, T", f"{f.totals.flops / 1e12:.4f}"),
         row("memory traffic, GB", f"{f.totals.memory_bytes / 1e9:.2f}"),
     ]
@@ -61,7 +60,7 @@ def report(config: ConfigDict, target: targets.Target, f: forecast_lib.Forecast)
         remark = f"in {c.count} exchanges of {c.group}"
         lines.append(row(f"{c.kind} over {'+'.join(c.axes)}, GB", f"{c.bytes_sent / 1e9:.4f}", remark))
     seconds = work + exposed
-    used = model_flops / chip.flops / seconds
+    used = f.model_flops / chip.flops / seconds
     lines += [
         "",
         "seconds a step, at the rates of the table",

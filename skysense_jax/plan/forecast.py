@@ -65,6 +65,7 @@ class Forecast:
       temporary_bytes: activations, gradients and what the compiler keeps besides.
       peak_bytes: state, results that are not donated, and temporaries together: what the program asks for.
       flops: of the step as traced, recomputation included, counted over its jaxpr; a device's share.
+      model_flops: of the model, and of what it distils, by formula and without recomputation; a device's share.
       schedule: what the compiled program does, in its order.
       mesh_shape: devices along each axis, neighbours along the last.
     """
@@ -73,6 +74,7 @@ class Forecast:
     temporary_bytes: int
     peak_bytes: int
     flops: float
+    model_flops: float
     schedule: tuple[program.Event, ...]
     mesh_shape: Mapping[str, int]
 
@@ -91,11 +93,12 @@ class Forecast:
 
     def network_seconds(self, target: Target) -> float:
         """Of all exchanges one after another."""
-        return sum(
+        exchanges = (
             times * self.exchange_seconds(event, target)
             for event, times in program.flatten(self.schedule)
             if isinstance(event, program.Exchange)
         )
+        return sum(exchanges, 0.0)
 
     def played(self, target: Target) -> tuple[float, float]:
         """Seconds of work, instruction by instruction, and seconds that exchanges add to it because the schedule
@@ -216,6 +219,7 @@ def compile_step(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         flops=flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size,
+        model_flops=assembly.batch_flops(config, run.modalities, run.frozen) / mesh.size,
         schedule=program.read(compiled.as_text(), dict(mesh.shape)),
         mesh_shape=dict(mesh.shape),
     )

@@ -3,6 +3,7 @@
 import json
 import re
 
+import made_folders
 import numpy as np
 import pytest
 
@@ -38,3 +39,19 @@ def test_damage_that_one_process_finds_is_damage_for_both(start, tmp_path):
     assert "another process could not read it" in outcomes[0][1]
     assert "step 2" in outcomes[1][1]
     assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+
+
+def test_labelled_probe_of_two_processes_is_that_of_one_and_other_files_end_both(start, tmp_path):
+    command = ["tests/launch/probe_labelled.py", str(made_folders.labelled_records(tmp_path / "mine"))]
+    alone = start(1, command, devices=(4,))
+    both = start(2, command, devices=(2, 2))
+    assert [status for status, _ in alone + both] == [0, 0, 0], alone + both
+    wanted, *found = (json.loads(re.search(r"RESULT (.*)", text)[1]) for _, text in alone + both)
+    assert {"land/miou", "land/knn_miou"} <= set(wanted)
+    assert found == [pytest.approx(wanted, abs=0.02)] * 2  # rounding of sums may move a pixel
+    assert found[0] == found[1]
+    other = made_folders.labelled_records(tmp_path / "other", each=3)
+    outcomes = start(2, command, devices=(2, 2), per_process=[[], [str(other)]], timeout_s=120)
+    for status, text in outcomes:
+        assert status == 1, text
+        assert "config.eval.datasets: processes [1] read other examples than process 0" in text

@@ -102,7 +102,7 @@ def test_figures_of_a_small_plan_are_as_last_read(planned, matches_golden):
 def test_exchange_takes_the_network_where_its_axes_leave_the_host(target, kind, axes, group, seconds):
     target, mesh_shape = targets.parse(target), dict(data=2, fsdp=8, tensor=1, expert=1)
     exchange = program.Exchange(kind, axes, group, 1e9)
-    found = forecast.Forecast(1, 1, 1, 1.0, (program.Loop(3, (exchange,)),), mesh_shape)
+    found = forecast.Forecast(1, 1, 1, 1.0, 1.0, (program.Loop(3, (exchange,)),), mesh_shape)
     assert found.exchange_seconds(exchange, target) == pytest.approx(seconds)
     assert found.network_seconds(target) == pytest.approx(3 * seconds)
     assert found.played(target) == pytest.approx((0.0, 3 * seconds))
@@ -113,7 +113,7 @@ def test_scaling_counts_larger_groups_along_data_and_no_more_work():
     within = program.Exchange("all-gather", ("fsdp",), 8, 7e9)
     between = program.Exchange("all-reduce", ("data",), 2, 1e9)  # of an operand of 1 GB
     work = program.Work(989e12, 0.0)
-    found = forecast.Forecast(1, 1, 1, 1.0, (within, program.Loop(2, (between, work))), mesh_shape)
+    found = forecast.Forecast(1, 1, 1, 1.0, 1.0, (within, program.Loop(2, (between, work))), mesh_shape)
     alone = found.step_seconds(target)
     assert alone == pytest.approx(2 + 7 / 450 + 7 * 1.9e-6 + 2 * (1 / 50 + 2 * 4e-6))
     # 8 along data: 2 x 7/8 GB each, three levels of a tree instead of one

@@ -16,7 +16,7 @@ def made_up(seconds, gib, target):
     """A forecast of so many seconds and so much memory."""
     work = program.Work(0.0, seconds * target.chip.memory_bandwidth)
     shape = dict(data=1, fsdp=4, tensor=1, expert=1)
-    return forecast.Forecast(1, 1, int(gib * GIB), 1.0, (work,), shape)
+    return forecast.Forecast(1, 1, int(gib * GIB), 1.0, 1.0, (work,), shape)
 
 
 def test_candidates_shard_over_a_slice_a_host_and_experts():
