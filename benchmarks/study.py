@@ -4,6 +4,8 @@
     python -m benchmarks.study --out=runs/study --only=losses       one question; --only=losses/mgcl_off: one row
     python -m benchmarks.study --out=runs/study --minutes=120       no run begins later; a second call goes on
 
+Several processes may share an --out, each with --only of its own.
+
 Every figure is stored under --out as soon as it is there, and the same run answers every question that it stands in.
 Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
 the label classes and the mean over all tasks, with 95 % t-intervals over seeds, and the difference from the question's
@@ -13,6 +15,7 @@ Not run yet. How to read it: docs/evaluation.md.
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
@@ -240,13 +243,17 @@ class Runs:
         self.config_file, self._out, self._records = config_file, out, records
 
     def train(self, config: ConfigDict, fields: Mapping[str, Any], seed: int) -> tuple[pathlib.Path, float]:
-        """The run's directory and its minutes of training; one that was killed goes on."""
+        """The run's directory and its minutes of training; one that was killed goes on, one that another process is at
+        is waited for."""
         sections = ("data", "model", "objective", "optim")
         workdir = self._out / "runs" / f"seed{seed}_{config_lib.fingerprint(config, sections)}"
         done = workdir / "study.json"
-        if not done.exists():
-            found = learning.train(config, self.config_file, workdir, self._records, **fields)
-            write_whole(done, json.dumps(found))
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        with workdir.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                found = learning.train(config, self.config_file, workdir, self._records, **fields)
+                write_whole(done, json.dumps(found))
         return workdir, json.loads(done.read_text())["minutes"]
 
     def score(self, config: ConfigDict, workdir: pathlib.Path, variant: Variant) -> dict[str, float | None]:

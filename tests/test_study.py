@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -162,6 +164,27 @@ def test_rows_of_one_config_are_scored_once(tmp_path):
     assert trained.probes == ["all losses", "L_MGCL left out", "without hr"]
     assert found["prompts/on"] == found["dropped/none"] == found["losses/all"]
     assert found.keys() == rows.keys()
+
+
+def test_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def train(config, config_file, workdir, records, **fields):
+        asked.append(workdir.name)
+        begun.set()
+        assert go_on.wait(60)
+        return {"minutes": 2.0}
+
+    monkeypatch.setattr(study.learning, "train", train)
+    ask = lambda: study.Runs("configs/tiny.py", tmp_path, tmp_path / "records").train(tiny.get_config(), {}, 0)  # noqa: E731
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(ask)
+        assert begun.wait(60)
+        second = pool.submit(ask)
+        assert futures.wait([second], timeout=0.5).not_done
+        go_on.set()
+        assert first.result() == second.result()
+    assert len(asked) == 1
 
 
 def test_kill_while_a_run_is_noted_leaves_no_half_a_note(tmp_path, monkeypatch):
