@@ -11,6 +11,7 @@ Results: benchmarks/results.md.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -98,6 +99,9 @@ def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.
     return int(_RESERVE * 60 * minutes / kept["seconds_per_step"])
 
 
+_held_out_scenes = functools.lru_cache(maxsize=1)(probes.held_out_scenes)  # a study asks for the same ones again
+
+
 class Probe:
     """Scores of a variant, with the network compiled once for all of them.
 
@@ -119,7 +123,7 @@ class Probe:
         self._batch_size = config.eval.batch_size
         place = {key: config.data.scenes[key] for key in ("seed", "extent_cells")}
         which = {key: config.eval[key] for key in ("first_index", "num_train_scenes", "num_test_scenes")}
-        self._held_out = probes.held_out_scenes(self._rows, **place, **which)
+        self._held_out = _held_out_scenes(self._rows, **place, **which)
 
     def raw(self) -> dict[str, float]:
         return probes.probe_raw_bands(self._rows, self._held_out, num_dates=self._num_dates)
