@@ -37,7 +37,7 @@ class Runs(study.Runs):
 
     def train(self, config: ConfigDict, fields: Mapping[str, Any], seed: int) -> tuple[pathlib.Path, float]:
         if config.objective.weights.distil:
-            of_teacher = {"optim.seed": seed, **_TEACHER}
+            of_teacher = {"optim.seed": seed, "data.seed": seed, **_TEACHER}
             base = config_lib.load(self.config_file)
             base.optim.num_steps = config.optim.num_steps
             teacher, _ = super().train(study.applied(base, of_teacher), of_teacher, seed)

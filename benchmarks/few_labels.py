@@ -89,7 +89,7 @@ class Networks:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  # one object, a seed at a time
     def teacher(self, seed: int) -> loading.Model:
-        fields = {"optim.seed": seed}
+        fields = {"optim.seed": seed, "data.seed": seed}
         workdir, _ = self._runs.train(study.applied(self._config, fields), fields, seed)
         return loading.load(workdir)
 

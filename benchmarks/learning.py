@@ -66,8 +66,8 @@ def write_records(config: ConfigDict, out: pathlib.Path) -> pathlib.Path:
 def train(
     config: ConfigDict, config_file: str, workdir: pathlib.Path, records: pathlib.Path, **fields
 ) -> dict[str, float]:
-    """Runs, or goes on with, one pre-training. Minutes from the first step to the last, and of the whole process
-    (which compiles, and draws pictures and probes at its end)."""
+    """Runs, or goes on with, one pre-training. Minutes of its steps, and of the whole process (of the last one, which
+    compiles, and draws pictures and probes at its end)."""
     overrides = {"optim.num_steps": config.optim.num_steps, "data.sources": ((str(records), 1.0),), **fields}
     overrides["eval.num_test_scenes"] = 0  # probed here
     command = [sys.executable, "-m", "skysense_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
@@ -77,7 +77,8 @@ def train(
     if subprocess.run(command, check=False, cwd=ROOT).returncode:
         sys.exit(f"training failed (above); the same command goes on in {workdir}")
     lines = metrics.read_json_lines(workdir / metrics.FILE_NAME)
-    minutes = (lines[-1]["time"] - lines[0]["time"]) / 60
+    steps = zip([0, *(line["step"] for line in lines)], lines)  # the first of a process compiles, and is not timed
+    minutes = sum((line["step"] - last) * line.get("step_seconds", 0.0) for last, line in steps) / 60
     return {"minutes": minutes, "process_minutes": (time.monotonic() - started) / 60}
 
 
@@ -105,7 +106,7 @@ _held_out_scenes = functools.lru_cache(maxsize=1)(probes.held_out_scenes)  # a s
 class Probe:
     """Scores of a variant, with the network compiled once for all of them.
 
-    ``reads``: names of the modalities that it is shown, if not all that the config has.
+    ``reads``: names of the modalities that test scenes show, if not all that the config has.
     """
 
     def __init__(self, config: ConfigDict, *, reads: Sequence[str] = ()):
@@ -118,7 +119,7 @@ class Probe:
             views=dict(config.data.views),
         )
         self._mesh = sharding.make_mesh(**config.mesh)
-        self._reads = tuple(row for row in self._rows if row.name in reads or not reads)
+        self._shown = tuple(row for row in self._rows if row.name in reads)
         self._num_dates, self._cells = dict(config.data.num_dates), config.data.views.global_cells
         self._batch_size = config.eval.batch_size
         place = {key: config.data.scenes[key] for key in ("seed", "extent_cells")}
@@ -145,11 +146,12 @@ class Probe:
         return probes.probe_scenes(
             self._model,
             params,
-            self._reads,
+            self._rows,
             self._held_out,
             cells=self._cells,
             num_dates=self._num_dates,
             batch_size=self._batch_size,
+            shown=self._shown,
         )
 
 
@@ -183,7 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict]]:
                     cell["scores"] = probe.untrained(seed)
                 else:
                     workdir = args.out / "runs" / f"{name}_seed{seed}_{made_by}"
-                    fields = {"optim.seed": seed, **VARIANTS[name][1]}
+                    fields = {"optim.seed": seed, "data.seed": seed, **VARIANTS[name][1]}
                     cell |= train(config, args.config, workdir, records, **fields)
                     cell["steps"] = config.optim.num_steps
                     cell["scores"] = probe.trained(workdir)

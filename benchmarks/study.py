@@ -34,6 +34,7 @@ from skysense_jax import assembly, drawing, modalities
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval import probes
+from skysense_jax.launch import facts
 from skysense_jax.models import skysense
 from skysense_jax.sharding import unbox
 
@@ -49,7 +50,7 @@ class Variant:
     Attributes:
       title: in tables.
       fields: of the config, those that differ (dotted name to value).
-      reads: modalities that the probe is shown; (): all that were trained with.
+      reads: modalities that test scenes show, scored on cells that each modality sees; (): all, on all cells.
     """
 
     title: str
@@ -113,7 +114,7 @@ QUESTIONS: Mapping[str, Mapping[str, Variant]] = {
         for n in (1, 2, 4, 8)
     },
     "dropped": {
-        "none": Variant("all modalities at test time"),
+        "none": Variant("all modalities at test time", reads=("hr", "s2", "s1")),
         "hr": Variant("without hr", reads=("s2", "s1")),
         "s2": Variant("without s2", reads=("hr", "s1")),
         "s1": Variant("without s1", reads=("hr", "s2")),
@@ -215,7 +216,7 @@ def measure(
     found: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
     for seed in range(seeds):
         for row, variant in rows.items():
-            fields = {**variant.fields, "optim.seed": seed}
+            fields = {**variant.fields, "optim.seed": seed, "data.seed": seed}
             changed = applied(config, fields)
             made_by = f"{config_lib.fingerprint(changed, SECTIONS)} {','.join(variant.reads)}".strip()
             figures = store.get(row, seed, made_by=made_by) or store.of_twin(seed, made_by=made_by)
@@ -225,6 +226,7 @@ def measure(
                 workdir, minutes = train(changed, fields, seed)
                 figures = {
                     "config": made_by,
+                    "code": facts.code_digest(),
                     "steps": config.optim.num_steps,
                     "minutes": minutes,
                     "parameters": num_parameters(changed),
@@ -334,6 +336,8 @@ def table(found: Mapping[str, Mapping[int, Any]], questions: Mapping[str, Mappin
     cells = [figures for of_row in found.values() for figures in of_row.values()]
     steps = sorted({figures["steps"] for figures in cells})
     lines.append(f"- {len(cells)} figures, runs of {' or '.join(map(str, steps)) or 'no'} steps; points, mean and")
+    if (codes := len({figures.get("code") for figures in cells})) > 1:
+        lines[-1] += f" of {codes} versions of the code,"
     lines[-1] += f" 95 % t-interval over seeds; jax {jax.__version__} on {jax.default_backend()}"
     return "\n".join(lines)
 

@@ -200,7 +200,7 @@ def _eval() -> dict:
         # Labelled data to probe on too: (name in metrics, --dataset, --task or "" for its card's) as in
         # python -m skysense_jax.eval; the best checkpoint is then theirs.
         datasets=(),
-        probe_untrained=False,  # also the network as it was at the start: room for a second state
+        probe_untrained=False,  # also a network that no step has changed: room for a second state
         first_index=1_000_000,  # held-out procedural scenes, far from those trained on
         batch_size=8,  # windows encoded at a time
     )

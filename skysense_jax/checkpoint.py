@@ -382,6 +382,27 @@ def read_meta(workdir: Any, *, step: int | None = None) -> dict[str, Any]:
         raise RuntimeError(f"no checkpoint in {manager.directory} can be read: {failures}")
 
 
+def asked_step(workdir: Any, asked: str | int | None) -> int | None:
+    """The step that ``--step`` says: a number, or "best", that with the highest score of its probe; None: not given.
+
+    Raises:
+      ValueError: it is neither, or no checkpoint has a score.
+    """
+    if asked != "best":
+        if asked is not None and not str(asked).isdecimal():
+            raise ValueError(f"--step: got {asked!r}; wanted a number, or best")
+        return None if asked is None else int(asked)
+    scored = []
+    with _reading(workdir, None) as (manager, steps):
+        for step in steps:
+            with contextlib.suppress(DamagedError):
+                scored.append((read_notes(manager, step)["meta"]["kept"]["score"], step))
+    scored = [of_step for of_step in scored if of_step[0] is not None]
+    if not scored:
+        raise ValueError(f"--step: no checkpoint in {workdir} was probed (config.eval.probe_every_steps)")
+    return max(scored)[1]
+
+
 @contextlib.contextmanager
 def _reading(workdir: Any, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     """A manager that only reads, and the steps to try: all, ascending, or ``step``."""

@@ -6,6 +6,7 @@ losses/distil.py. Next: assembly.py, which builds on it before anything is compi
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,11 @@ def _problems(config: ConfigDict, rows: Sequence[modalities.Modality], of_teache
                 )
     ours, theirs = config.data.views.global_cells, of_teacher.data.views.global_cells
     if ours != theirs:
+        views = {key: of_teacher.data.views.get(key) for key in config.data.views}
+        flags = (
+            f"--config.data.views.{key}={value}" for key, value in views.items() if value != config.data.views[key]
+        )
         yield (
             f"config.data.views.global_cells: got {ours}; wanted {theirs}, the side of the views that the teacher "
-            f"({_FIELD}) was trained on"
+            f"({_FIELD}) was trained on; all of its views: {shlex.join(flags)}"
         )

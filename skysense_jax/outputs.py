@@ -26,6 +26,7 @@ from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval import pictures, probes
 from skysense_jax.train_state import TrainState, create_state
 
+_DATASETS = "config.eval.datasets"
 _PICTURED = 3  # samples in a picture
 
 
@@ -152,22 +153,24 @@ def read_labelled(config: ConfigDict, run: Run) -> tuple[Labelled, ...]:
     """
     if not config.eval.datasets:
         return ()
-    from skysense_jax.tasks import probing  # of the extra "ingest"
-    from skysense_jax.tasks.loading import model_of
-
-    model = model_of(run.network, None, run.modalities, config, config.name)
     found, problem = (), None
     try:
+        from skysense_jax.tasks import probing  # of the extra "ingest"
+        from skysense_jax.tasks.loading import model_of
+
+        model = model_of(run.network, None, run.modalities, config, config.name)
         found = probing.read(config.eval.datasets, model, batch_size=config.eval.batch_size)
     except ValueError as error:
         problem = error  # the other processes wait to hear of it
+    except (OSError, ModuleNotFoundError) as error:
+        problem = ValueError(f"{_DATASETS}: {error}")
     if jax.process_count() > 1:
         digest = hashlib.sha256("\n".join([repr(problem), *(each.facts for each in found)]).encode()).digest()
         told = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
         others = np.flatnonzero((told != told[0]).any(axis=1)).tolist()
         if others and problem is None:
             problem = ValueError(
-                f"{probing.FIELD}: processes {others} read other examples than process 0; wanted the same files on "
+                f"{_DATASETS}: processes {others} read other examples than process 0; wanted the same files on "
                 "every host"
             )
     if problem is not None:

@@ -154,7 +154,7 @@ def train(
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)
                 stopping = stop is not None and stop.reached(step)
-                due = _probe_due(step, config) and not stopping  # a stop has little time
+                due = (_probe_due(step, config) or step == last_step) and not stopping  # a stop has little time
                 score = _probe(shown, course, monitor, began=began) if due else None
                 saved = dict(data_state=course.data_state, meta=meta, score=score)
                 checkpoints.maybe_save(step, course.state, **saved, before=keep_numbers)
@@ -191,6 +191,8 @@ def _probe(shown: outputs.Outputs, course: resume.Course, monitor: Monitor, *, b
     """Probes the teacher on the way; its numbers go with the step's, one of them tells the best checkpoint."""
     with monitor.clock.left_out():
         scores = shown.probe(course.step, course.state.teacher)
+    if not scores:
+        return None
     found = {name: value for name, value in scores.items() if value is not None}
     found["share_of_time"] = shown.probe_seconds / (time.monotonic() - began)
     monitor.note(course.step, {f"probe/{name}": value for name, value in found.items()})

@@ -99,6 +99,8 @@ def test_save_happens_on_the_interval_when_forced_and_once_a_step(tmp_path):
 def test_keep_policies_keep_the_newest_and_the_multiples(tmp_path):
     checkpoints = saved_run(tmp_path, steps=range(1, 9), keep_last=2, keep_every_steps=3)
     checkpoints.close()
+    with pytest.raises(ValueError, match=r"--step: no checkpoint in .* was probed"):
+        checkpoint.asked_step(tmp_path, "best")
     assert checkpoints.steps() == [3, 6, 7, 8]
 
 
@@ -109,10 +111,13 @@ def _save_scored(checkpoints, scores):
 
 
 def test_keep_best_keeps_the_newest_of_the_best_also_across_a_restart(tmp_path, errors):
+    with pytest.raises(ValueError, match="--step: got 'worst'; wanted a number, or best"):
+        checkpoint.asked_step(tmp_path, "worst")
     checkpoints = open_run(tmp_path, keep_last=2, keep_best=True)
     _save_scored(checkpoints, {1: 0.2, 2: 0.7, 3: 0.7, 4: None, 5: 0.1, 6: 0.3})
     checkpoints.close()
     assert checkpoints.steps() == [3, 5, 6]
+    assert [checkpoint.asked_step(tmp_path, asked) for asked in ("best", "5", 6, None)] == [3, 5, 6, None]
     (tmp_path / "checkpoints" / "5" / "meta" / "metadata").write_bytes(b"{")  # its score is not known any more
     checkpoints = open_run(tmp_path, keep_last=2, keep_best=True)
     assert checkpoints.restore_latest(placed(make_state(), (1, 1))).meta == {"config": ""}

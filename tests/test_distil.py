@@ -346,7 +346,11 @@ def _s1(**changes):
         ({"objective.distil.teacher": "nowhere/run"}, r"config\.objective\.distil\.teacher: got 'nowhere/run'.*wanted"),
         ({"objective.distil.step": 5}, r"distil\.teacher: .*step 5.*steps \[3, 8\]; wanted step 5"),
         ({"data.modalities": ("hr", "s1"), "data.num_dates.hr": 1}, r"config\.data\.modalities: .*wanted some of"),
-        ({"data.views.global_cells": 6}, r"config\.data\.views\.global_cells: got 6; wanted 4"),
+        (
+            {"data.views.global_cells": 6, "data.views.local_box_cells": (1, 2)},
+            r"config\.data\.views\.global_cells: got 6; wanted 4, .*: --config\.data\.views\.global_cells=4 "
+            r"'--config\.data\.views\.local_box_cells=\(2, 3\)'$",
+        ),
     ],
 )
 def test_teacher_that_cannot_teach_is_refused_before_anything_is_compiled(teacher, change, message):

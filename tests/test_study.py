@@ -158,11 +158,12 @@ def test_run_asked_by_several_rows_is_trained_once(tmp_path, monkeypatch):
 def test_rows_of_one_config_are_scored_once(tmp_path):
     trained = Trained()
     rows = {
-        row: study.ROWS[row] for row in ("losses/all", "losses/mgcl_off", "prompts/on", "dropped/none", "dropped/hr")
+        row: study.ROWS[row]
+        for row in ("losses/all", "losses/mgcl_off", "prompts/on", "merging/averaged", "dropped/hr")
     }
     found = _measure(tmp_path, trained, rows=rows, seeds=1)
     assert trained.probes == ["all losses", "L_MGCL left out", "without hr"]
-    assert found["prompts/on"] == found["dropped/none"] == found["losses/all"]
+    assert found["prompts/on"] == found["merging/averaged"] == found["losses/all"]
     assert found.keys() == rows.keys()
 
 

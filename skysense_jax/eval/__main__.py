@@ -13,12 +13,18 @@ from absl import logging
 from skysense_jax.tasks import evaluate
 from skysense_jax.tasks.examples import KINDS
 
+_TILES_HELP = (
+    f"side of the parts that images with maps are cut into: {evaluate.TILE_CELLS}, or {evaluate.TUNED_TILE_CELLS} to "
+    "fine-tune on"
+)
+
 
 def main(arguments: list[str]) -> None:
     """Prints the scores; a wrong argument or dataset ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m skysense_jax.eval", description=__doc__.split("\n")[0])
     default = {field.name: field.default for field in dataclasses.fields(evaluate.Request)}
     parser.add_argument("--model", required=True, help="workdir of a run, or an exported directory")
+    parser.add_argument("--step", help="of the run's checkpoint, or best (of probes); the newest by default")
     parser.add_argument("--dataset", required=True, help="NAME:DIR of a known one, or DIR with card.json or records")
     parser.add_argument("--task", choices=KINDS, help="by default that of the dataset's card")
     parser.add_argument("--protocol", choices=evaluate.PROTOCOLS, default=default["protocol"])
@@ -27,8 +33,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--modalities", default="", help="some of the model's, such as hr,s2; all by default")
     parser.add_argument("--gsd_m", type=float, help="metres that a pixel of a picture without a place is taken to have")
     parser.add_argument("--l1c_as_s2", action="store_true", help="Level-1C for a model that knows s2 only")
-    parser.add_argument("--tile_cells", type=int, default=default["tile_cells"], help="parts of images with maps")
-    parser.add_argument("--max_cells", type=int, default=default["max_cells"], help="of maps, to train on")
+    parser.add_argument("--tile_cells", type=int, help=_TILES_HELP)
+    parser.add_argument("--max_cells", type=int, default=default["max_cells"], help="of maps, to fit linear and knn on")
     parser.add_argument("--batch_size", type=int, default=default["batch_size"], help="windows encoded at a time")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn: splits, shares, held-out parts")
     parser.add_argument("--tune", action="append", default=[], metavar="FIELD=VALUE", help="of fine-tuning, repeated")

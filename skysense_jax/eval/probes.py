@@ -253,12 +253,13 @@ def held_out_scenes(
     return HeldOut(first_index, drawn[:num_train_scenes], drawn[num_train_scenes:])
 
 
-def _probe(
-    held_out: HeldOut, read: Callable[[Iterable[SampleReader]], Iterable[tuple[np.ndarray, np.ndarray]]]
-) -> dict[str, float]:
+_Read = Callable[[Iterable[SampleReader]], Iterable[tuple[np.ndarray, np.ndarray]]]
+
+
+def _probe(held_out: HeldOut, read: _Read, read_test: _Read | None = None) -> dict[str, float]:
     parts, first = [], held_out.first_index
-    for drawn in (held_out.train, held_out.test):
-        features, usable = zip(*read(scene.sample for scene in drawn))
+    for drawn, reads in ((held_out.train, read), (held_out.test, read_test or read)):
+        features, usable = zip(*reads(scene.sample for scene in drawn))
         labels, attributes = [s.sample.labels for s in drawn], [s.attributes for s in drawn]
         parts.append(gather_cells(features, usable, labels, attributes, first_scene=first))
         first += len(drawn)
@@ -279,21 +280,28 @@ def probe_scenes(
     cells: int,
     num_dates: Mapping[str, int],
     batch_size: int,
+    shown: Sequence[Modality] = (),
 ) -> dict[str, float]:
     """Scores on frozen fused features of procedural scenes: of a linear probe and of k nearest neighbours.
 
     ``{task/miou, task/accuracy, task/knn_miou, task/knn_accuracy}``.
-    ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``. NaN where the scenes hold nothing to
-    tell apart.
+    ``cells``, ``num_dates`` and ``batch_size`` as in ``features.sample_features``. ``shown``: some of ``modalities``,
+    all that test scenes show; scored are then the cells that each of ``modalities`` sees, the same whatever is shown.
+    NaN where the scenes hold nothing to tell apart.
     """
+    how = dict(cells=cells, num_dates=num_dates, batch_size=batch_size)
 
     def read(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        found = sample_features(
-            model, params, modalities, samples, cells=cells, num_dates=num_dates, batch_size=batch_size
-        )
-        return ((f.fused, f.fused_usable) for f in found)
+        return ((f.fused, f.fused_usable) for f in sample_features(model, params, modalities, samples, **how))
 
-    return _probe(held_out, read)
+    def read_shown(samples: Iterable[SampleReader]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        samples = list(samples)
+        for sample, f in zip(samples, sample_features(model, params, shown, samples, **how), strict=True):
+            usable = read_whole(sample, modalities, num_dates=num_dates).cell_usable
+            seen = [usable[modality.name].any(axis=0) for modality in modalities]
+            yield f.fused, np.logical_and.reduce(seen) & f.fused_usable
+
+    return _probe(held_out, read, read_shown if shown else None)
 
 
 def probe_raw_bands(

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m skysense_jax.eval.report", description="A page that explains a run, in one file."
     )
     parser.add_argument("run", metavar="RUN", help="the --workdir of skysense_jax.train; also gs://bucket/name")
+    parser.add_argument("--step", help="of the checkpoint, or best (of probes); the newest by default")
     parser.add_argument("--out", type=pathlib.Path, help="the page; RUN/report.html if left out")
     parser.add_argument("--samples", choices=(SCENES, RECORDS), help=_SAMPLES_HELP)
     parser.add_argument("--num_train", type=int, default=48, help="places that probes are fitted on")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--out: got {out}; wanted a file in a folder that there is")  # before minutes of work
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a manager which only reads does not write
     try:
-        run = load(given.run)
+        run = load(given.run, step=given.step)
         places = find_places(run, given.samples, num_train=given.num_train, num_test=given.num_test)
         text = report(run, places, num_shown=given.num_shown)
         unfinished = out.with_name(f"{out.name}.incomplete-{os.getpid()}")

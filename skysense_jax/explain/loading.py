@@ -40,12 +40,12 @@ class Run:
     parameters: Mapping[str, int]
 
 
-def load(workdir: str) -> Run:
-    """The run in ``workdir``, a directory or gs://bucket/name.
+def load(workdir: str, *, step: str | None = None) -> Run:
+    """The run in ``workdir``, a directory or gs://bucket/name; ``step`` as in ``tasks.loading.load``.
 
     Raises:
-      ValueError: it is no run, has no checkpoint, its checkpoints are of another network than their config says, or
-        it has a backbone for each modality.
+      ValueError: it is no run, has no checkpoint (of that step), its checkpoints are of another network than their
+        config says, or it has a backbone for each modality.
       RuntimeError: there are checkpoints, and none verifies.
     """
     directory = storage.run_directory(workdir, flag="RUN")
@@ -55,7 +55,7 @@ def load(workdir: str) -> Run:
             "checkpoint (config.run.checkpoint_every_steps)"
         )
     try:
-        model = loading.load(workdir)
+        model = loading.load(workdir, step=step)
         loading.check_form(model, shared=True, why="a report shows one backbone, not one for each modality")
         config = model.config
         sizes = list(config.mesh.values())
@@ -88,6 +88,11 @@ def find_places(run: Run, kind: str | None, *, num_train: int, num_test: int) ->
     config = run.model.config
     on_scenes = any(name == pipeline_lib.SCENES for name, _ in config.data.sources)
     if (kind or (places.SCENES if on_scenes else places.RECORDS)) == places.SCENES:
+        if config.data.label_classes:
+            raise ValueError(
+                "--samples=scenes: procedural scenes have OpenStreetMap's classes, the run its own "
+                "(config.data.label_classes); wanted --samples=records"
+            )
         return places.from_scenes(
             run.model.rows,
             seed=config.data.scenes.seed,

@@ -72,7 +72,7 @@ def export(
         settings=settings,
         overrides=_overrides(settings),
         losses=card.last_losses(workdir, step),
-        probe=card.probe_scores(workdir, step),
+        probe=card.probe_scores(workdir, step, labelled=[name for name, *_ in settings.get("eval.datasets", ())]),
         licence=licence,
         export_arguments=arguments,
         version=__version__,
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
     """Exports, and says where to; a wrong argument ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m skysense_jax.export", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", required=True, help="of the run; also gs://bucket/name")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the newest that verifies by default")
+    parser.add_argument("--step", help="of the checkpoint, or best (of probes); the newest that verifies by default")
     parser.add_argument("--weights", choices=("teacher", "student"), default="teacher")
     parser.add_argument("--part", choices=tuple(PARTS), default="fused", help=_PART_HELP)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory to make")
@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a manager which only reads does not write
     try:
         workdir = storage.run_directory(given.pop("workdir"))
+        given["step"] = checkpoint.asked_step(workdir, given["step"])
         step = export(workdir, **given, arguments=arguments)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

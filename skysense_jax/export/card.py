@@ -160,8 +160,14 @@ def last_losses(workdir: Directory, step: int) -> dict[str, float | str]:
     return {key: lines[-1]["nonfinite"][key] if value is None else value for key, value in losses.items()}
 
 
-def probe_scores(workdir: Directory, step: int) -> dict[str, float | None]:
-    """What the closing probe of a run said of its teacher at ``step``; empty without one, or of another step."""
+def probe_scores(workdir: Directory, step: int, *, labelled: Sequence[str]) -> dict[str, float | None]:
+    """What the linear probe of scenes said of the teacher at the end of a run; empty without one, or of another step.
+
+    Scores on ``labelled`` datasets of its user (config.eval.datasets) stay with the run.
+    """
     path = workdir / "probe.json"
     scores = json.loads(path.read_text()) if path.is_file() else {}
-    return scores["teacher"] if scores.get("step") == step else {}
+    if scores.get("step") != step:
+        return {}
+    told = ((name, *name.split("/", 1)) for name in scores["teacher"])
+    return {name: scores["teacher"][name] for name, of, score in told if of not in labelled and "knn_" not in score}

@@ -124,6 +124,10 @@ class Card:
             raise ValueError(
                 f"{where}: splits {dict(self.splits)}; wanted them where, and only where, patterns name one"
             )
+        for field in ("splits", "members"):
+            got = getattr(self, field)
+            if not isinstance(got, Mapping) or (got and got.keys() != {"train", "test"}):
+                raise ValueError(f"{where}: {field} {got}; wanted what belongs to 'train' and to 'test'")
         if maps and self.sources and not self.classes:
             raise ValueError(f"{where}: no classes; wanted their names in the order of their ids")
 
@@ -146,7 +150,7 @@ def read(path: pathlib.Path) -> Card:
             if name in fields:
                 fields[name] = tuple(fields[name])
         return Card(**fields)
-    except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(f"--dataset: {path} is no card: {error}") from error
 
 

@@ -3,8 +3,9 @@
 Everything that can be wrong is looked for before the first image is encoded. Next: frozen.py, which does the work.
 """
 
-import ast
 import dataclasses
+import glob
+import hashlib
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ from skysense_jax.tasks.loading import Model, load
 
 FINETUNE = "finetune"
 PROTOCOLS = (*frozen.PROTOCOLS, FINETUNE)
+TILE_CELLS, TUNED_TILE_CELLS = 16, 64  # sides of parts; windows of fine-tuning overlap within theirs
 _COARSEST_M = 2 * 10 / MODALITIES["hr"].pixels_per_cell  # of pixels that hr takes
 _NOTE = "published by others, fine-tuned on the whole protocol; not run here"
 
@@ -31,6 +33,7 @@ class Request:
 
     model: str
     dataset: str
+    step: str | None = None
     task: str | None = None
     protocol: str = frozen.KNN
     label_share: float = 1.0
@@ -38,7 +41,7 @@ class Request:
     modalities: tuple[str, ...] = ()
     gsd_m: float | None = None
     l1c_as_s2: bool = False
-    tile_cells: int = 16
+    tile_cells: int | None = None
     max_cells: int = 20_000
     batch_size: int = 8
     seed: int = 0
@@ -56,7 +59,12 @@ def evaluate(request: Request) -> dict[str, Any]:
     _check_flags(request)
     card, place = asked_dataset(request)
     tuning = _tuning(request, card) if request.protocol == FINETUNE else None
-    model = load(request.model, modalities=request.modalities or None)
+    model = load(request.model, modalities=request.modalities or None, step=request.step)
+    if tuning and card.label and request.tile_cells and request.tile_cells < (tuning.cells or model.cells):
+        raise ValueError(
+            f"--tile_cells: got {request.tile_cells}; wanted the {tuning.cells or model.cells} cells of a window of "
+            "fine-tuning, or more"
+        )
     model, splits = labelled(
         request, model, card, place, checked=not tuning
     )  # fine-tuning looks at what it gets itself
@@ -96,6 +104,8 @@ def labelled(
     model = dataclasses.replace(model, rows=tuple(row for row in model.rows if row in rows.values()))
     splits = _read(card, place, rows, request)
     for split, examples in splits.items():
+        if not len(examples):
+            raise ValueError(f"--dataset: no example in {split}")
         if checked:
             check(examples, split=split)
         _open_first(examples, model)
@@ -119,12 +129,17 @@ def _check_flags(request: Request) -> None:
         raise ValueError(f"--task: got {request.task!r}; wanted one of {', '.join(KINDS)}")
     if request.tune and request.protocol != FINETUNE:
         raise ValueError(f"--tune: got {request.tune[0]!r} with --protocol={request.protocol}; wanted {FINETUNE}")
+    for flag, field in (("batch_size", "batch_size"), ("max_cells", "")):
+        got = getattr(request, flag)
+        if request.protocol == FINETUNE and got != getattr(Request, flag):
+            hint = f", --tune={field}={got}" if field else ""
+            raise ValueError(f"--{flag}: got {got} with --protocol={FINETUNE}; wanted it with frozen features{hint}")
     for flag in ("label_share", "train_share"):
         share, all_too = getattr(request, flag), flag == "label_share"
         if share is not None and not (0 < share < 1 or (all_too and share == 1)):
             raise ValueError(f"--{flag}: got {share:g}; wanted above 0, {'at most' if all_too else 'below'} 1")
     for flag in ("tile_cells", "max_cells", "batch_size"):
-        if getattr(request, flag) < 1:
+        if getattr(request, flag) is not None and getattr(request, flag) < 1:
             raise ValueError(f"--{flag}: got {getattr(request, flag)}; wanted 1 or more")
     if request.gsd_m is not None and not 0 < request.gsd_m <= _COARSEST_M:
         raise ValueError(f"--gsd_m: got {request.gsd_m:g}; wanted above 0, at most {_COARSEST_M:g}: hr stretches by 2")
@@ -133,7 +148,8 @@ def _check_flags(request: Request) -> None:
 
 
 def find_dataset(text: str) -> tuple[Card, pathlib.Path]:
-    """The card and the place that NAME:DIR or DIR says: of a known dataset, of a card.json in DIR, or of records.
+    """The card and the place that NAME:DIR or DIR says: of a known dataset, of a card.json in DIR, or of records, whose
+    files a glob may name.
 
     Raises:
       ValueError: no such card, or DIR says nothing of itself.
@@ -146,7 +162,7 @@ def find_dataset(text: str) -> tuple[Card, pathlib.Path]:
     place = pathlib.Path(text)
     if (place / cards.FILE).exists():
         return cards.read(place / cards.FILE), place
-    if place.is_dir() and any(place.glob("*.array_record")):
+    if glob.has_magic(place.name) or (place.is_dir() and any(place.glob("*.array_record"))):
         return CARDS[RECORDS], place
     told = f"has neither {cards.FILE} nor records" if place.is_dir() else "is no folder"
     raise ValueError(f"--dataset: {place} {told}; wanted NAME:DIR with a NAME of {', '.join(CARDS)}")
@@ -202,7 +218,8 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
 def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request: Request) -> dict[str, Examples]:
     how = dict(train_share=request.train_share or card.train_shares[0], seed=request.seed)
     if card.sources:
-        return folders.read(place, card, rows=rows, tile_cells=request.tile_cells, **how)
+        tile_cells = request.tile_cells or (TUNED_TILE_CELLS if request.protocol == FINETUNE else TILE_CELLS)
+        return folders.read(place, card, rows=rows, tile_cells=tile_cells, **how)
     return recordsets.read(place, kind=card.kind, rows=list(rows.values()), num_classes=card.num_classes, **how)
 
 
@@ -216,19 +233,22 @@ def _open_first(examples: Examples, model: Model) -> None:
 
 def _tuning(request: Request, card: Card) -> finetune.Options:
     """What ``--tune`` says of fine-tuning; raises ValueError for what is no field of ``finetune.Options``."""
-    known = {field.name for field in dataclasses.fields(finetune.Options)} - {"left_out", "seed"}
-    found = dict(left_out=card.left_out, seed=request.seed)
+    default = {field.name: field.default for field in dataclasses.fields(finetune.Options)}
+    known = default.keys() - {"left_out", "seed"}
+    found: dict[str, Any] = dict(left_out=card.left_out, seed=request.seed)
     for entry in request.tune:
         name, equals, text = entry.partition("=")
         if name not in known or not equals:
             raise ValueError(f"--tune: got {entry!r}; wanted FIELD=VALUE with a FIELD of {', '.join(sorted(known))}")
+        wanted: type = type(default[name])
         try:
-            found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[name] = text
+            found[name] = {"true": True, "false": False}[text.lower()] if wanted is bool else wanted(text)
+        except (ValueError, KeyError) as error:
+            kinds = {bool: "True or False", int: "a whole number", float: "a number"}
+            raise ValueError(f"--tune: {name}: got {text!r}; wanted {kinds[wanted]}") from error
     try:
         return finetune.Options(**found)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"--tune: {error}") from error
 
 
@@ -252,16 +272,23 @@ def _result(
         seed=request.seed,
         num_train=len(train),
         num_test=len(test),
+        asked={
+            name: str(value) if isinstance(value, pathlib.Path) else value
+            for name, value in dataclasses.asdict(request).items()
+            if name != "out"
+        },
         scores={name: value if math.isfinite(value) else None for name, value in scores.items()},
         published=[dict(dataclasses.asdict(figure), note=_NOTE) for figure in card.published],
     )
 
 
 def file_name(result: Mapping[str, Any]) -> str:
-    """Of a result: one that differs in dataset, task, protocol, modalities, shares or seed has another."""
+    """Of a result: one of another model, step, dataset or anything else that was asked for has another."""
     shares = "".join(f"-{name}{result[name]:g}" for name in ("train_share", "label_share") if result[name] is not None)
     parts = (result["dataset"]["card"], result["task"], result["protocol"], "_".join(result["modalities"]))
-    return re.sub(r"[^\w.\-]", "_", "-".join(parts)) + shares.replace("_share", "") + f"-seed{result['seed']}.json"
+    name = re.sub(r"[^\w.\-]", "_", "-".join(parts)) + shares.replace("_share", "") + f"-seed{result['seed']}"
+    of_all = json.dumps([result["model"], result["asked"]], sort_keys=True)
+    return f"{name}-{hashlib.sha256(of_all.encode()).hexdigest()[:8]}.json"
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
@@ -58,6 +59,9 @@ def read(
     found = {split: _find(folder, card, rows, split, index) for split in (SPLITS if card.splits else ("all",))}
     everything = [image for of_split in found.values() for image in of_split]
     classes = card.classes or tuple(sorted({image.scene for image in everything}))
+    unknown = sorted({image.scene for image in everything} - set(classes)) if card.kind == SCENE else []
+    if unknown:
+        raise ValueError(f"--dataset: {folder} has class folders {unknown}; the card {card.name!r} knows {classes}")
     if card.num_classes and len(classes) != card.num_classes:
         told = f"{', '.join(classes[:_NAMED])}{', ...' if len(classes) > _NAMED else ''}"
         raise ValueError(
@@ -168,6 +172,12 @@ def _by_members(
         split: [image for image in found if of_image[image.name] in members] for split, members in card.members.items()
     }
     for split, part in parts.items():
+        absent = [str(member) for member in card.members[split] if member not in set(of_image.values())]
+        if absent and part:
+            logging.error(
+                "--dataset: %s lacks %d of the %d that %r has of %r, which are scored without: %s",
+                *(folder, len(absent), len(card.members[split]), card.name, split, ", ".join(absent)),
+            )
         if not part:
             raise ValueError(
                 f"--dataset: {folder} has no image of the split {split!r}; the card {card.name!r} wants "

@@ -88,7 +88,7 @@ def fit_multi_label(x: Float[np.ndarray, "N D"], y: Bool[np.ndarray, "N K"], *, 
 def _each(x: np.ndarray, y: np.ndarray, penalty: float) -> Scorer:
     """Of a class that all have, or none, the score is the same for every image."""
     fitted = [_fit(x, column, penalty) if 0 < column.sum() < len(column) else None for column in y.T]
-    same = [0.0 if column.any() else _NEVER for column in y.T]
+    same = [-_NEVER if column.any() else _NEVER for column in y.T]
 
     def scores(rows: np.ndarray) -> np.ndarray:
         rows = rows.astype(np.float64)

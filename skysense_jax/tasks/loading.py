@@ -50,20 +50,23 @@ class Model:
     code: str | None = None
 
 
-def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None) -> Model:
+def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None, step: str | int | None = None) -> Model:
     """The teacher of a RUN's newest whole checkpoint, or what an exported DIR holds.
 
-    ``modalities`` leaves out others: any subset of those that the model was trained with.
+    ``modalities`` leaves out others: any subset of those that the model was trained with. ``step``: of another
+    checkpoint, or "best" (checkpoint.asked_step).
 
     Raises:
       ValueError: there is neither, it is of another version of the network or damaged, it has no fusion, or it has
-        never seen one of ``modalities``.
+        never seen one of ``modalities``; there is no checkpoint of ``step``.
       RuntimeError: there are checkpoints, and none verifies.
     """
     directory = storage.run_directory(str(model), flag="--model")
     if (directory / "checkpoints").exists():
-        return _of_run(directory, modalities)
+        return _of_run(directory, modalities, checkpoint.asked_step(directory, step))
     if (directory / write.CONFIG).exists():
+        if step is not None:
+            raise ValueError(f"--step: got {step}; {directory} is an export, of one step; wanted the workdir of a run")
         return _of_export(pathlib.Path(directory), modalities)
     raise ValueError(
         f"--model: {directory} has neither checkpoints/ nor {write.CONFIG}; wanted the workdir of a run, or what "
@@ -71,13 +74,13 @@ def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None) 
     )
 
 
-def _of_run(directory: storage.Directory, wanted: Sequence[str] | None) -> Model:
+def _of_run(directory: storage.Directory, wanted: Sequence[str] | None, step: int | None) -> Model:
     if storage.in_bucket(directory) and (told := storage.problem(str(directory))):
         raise ValueError(f"--model: {directory}: {told}")
-    config = config_lib.unflatten(checkpoint.read_meta(directory)["config"])
+    config = config_lib.unflatten(checkpoint.read_meta(directory, step=step)["config"])
     network, rows = _network(config, directory)
     asked = _asked(rows, wanted)
-    restored = checkpoint.restore_params(directory, _shapes(network, config, rows))
+    restored = checkpoint.restore_params(directory, _shapes(network, config, rows), step=step)
     model = model_of(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
     return dataclasses.replace(model, step=restored.step, code=restored.meta.get("code"))
 

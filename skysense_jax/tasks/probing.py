@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
+from skysense_jax.eval.features import read_whole
 from skysense_jax.eval.probes import MAX_CELLS
 from skysense_jax.tasks import evaluate, folders, frozen
 from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, SEGMENTATION, Examples
@@ -56,14 +59,17 @@ class Probed:
     def scores(self, params: Any) -> dict[str, float]:
         """{name/score, name/knn_score}, scores of single classes left out.
 
-        Empty, and logged, where the dataset cannot be read or fitted any more: a run of weeks goes on without it.
+        Empty, and logged, where the dataset cannot be read or fitted any more, in any process: a run of weeks goes on
+        without it.
         """
+        if jax.process_count() > 1 and not self._readable_everywhere():
+            return {}
         protocols = (frozen.LINEAR,) if self.train.kind == MULTI_LABEL else frozen.PROTOCOLS
         model = dataclasses.replace(self.model, params=params)
         try:
             found = frozen.evaluate(model, self.train, self.test, self.options, protocols=protocols)
         except (ValueError, OSError) as error:
-            if jax.process_count() > 1:  # the others wait for this one
+            if jax.process_count() > 1:  # the others may wait for this one
                 raise
             logging.error("%s: %r was not probed: %s", FIELD, self.name, error)
             return {}
@@ -74,6 +80,24 @@ class Probed:
         return {
             f"{self.name}/{prefix[protocol]}{name}": value for protocol, name, value in told if math.isfinite(value)
         }
+
+    def _readable_everywhere(self) -> bool:
+        """Whether no process fails on a file, found before any waits for the others within a batch."""
+        problem = None
+        try:
+            for example in (*self.train, *self.test):
+                for sample in (example.before, example.after):
+                    if sample is not None:
+                        read_whole(sample, self.model.rows, num_dates=self.model.num_dates)
+        except (ValueError, OSError) as error:
+            problem = error
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray([problem is not None])))
+        if failed.size:
+            logging.error(
+                "%s: %r was not probed: processes %s cannot read it%s",
+                *(FIELD, self.name, failed.tolist(), f": {problem}" if problem else ""),
+            )
+        return not failed.size
 
 
 def read(datasets: Sequence[tuple[str, str, str]], model: Model, *, batch_size: int) -> tuple[Probed, ...]:

@@ -1,9 +1,13 @@
 """The table of benchmarks/learning.py from stored figures: means, paired differences, verdicts."""
 
+import json
 import pathlib
+import types
 
 import pytest
 from loading import module_from_file
+
+from configs import tiny
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +55,16 @@ def test_parse_keeps_columns_in_order_and_refuses_no_seed(learning, tmp_path):
     assert args.only == ["raw", "ita_on"]
     with pytest.raises(SystemExit):
         learning.parse([f"--out={tmp_path}", "--seeds=0"])
+
+
+def test_minutes_of_training_leave_out_the_time_between_two_processes(learning, tmp_path, monkeypatch):
+    lines = [
+        {"step": 1, "time": 0.0},
+        {"step": 5, "time": 40.0, "step_seconds": 6.0},
+        {"step": 6, "time": 9000.0},  # the next morning
+        {"step": 10, "time": 9040.0, "step_seconds": 9.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(learning.subprocess, "run", lambda *args, **how: types.SimpleNamespace(returncode=0))
+    found = learning.train(tiny.get_config(), "configs/tiny.py", tmp_path, tmp_path / "records")
+    assert found["minutes"] == pytest.approx((4 * 6 + 4 * 9) / 60)

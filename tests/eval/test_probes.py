@@ -1,7 +1,10 @@
 """Probe arithmetic against hand-computed figures, loops and toy data that a line separates."""
 
+import types
+
 import numpy as np
 import pytest
+from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
 from skysense_jax import modalities
@@ -149,6 +152,36 @@ def test_raw_bands_of_a_cell_are_its_own_and_its_neighbours_numbers():
                 cell = images["hr"][0, 32 * r : 32 * r + 32, 32 * c : 32 * c + 32].astype(np.float64)
                 wanted += [*cell.mean((0, 1)), *cell.std((0, 1)), *images["s1"][:, r, c].astype(np.float64).ravel()]
         np.testing.assert_allclose(got[p, q], wanted, rtol=1e-4)
+
+
+def test_probe_of_less_is_fitted_on_everything_and_scored_on_the_cells_that_all_see(monkeypatch):
+    rows = modalities.select(("s2", "s1"))
+    which = dict(seed=5, extent_cells=8, first_index=70, num_train_scenes=3, num_test_scenes=4)
+    held_out, given, parts = probes.held_out_scenes(rows, **which), [], []
+    for scene in held_out.test:
+        scene.sample.series["s2"].cloud[:, :, :3] = True
+
+    def sample_features(model, params, shown, samples, *, cells, num_dates, batch_size):
+        for sample in samples:
+            given.append([row.name for row in shown])
+            usable = probes.raw_cells(features.read_whole(sample, shown, num_dates=num_dates), shown)[1]
+            yield types.SimpleNamespace(fused=np.ones((8, 8, 2)), fused_usable=usable)
+
+    monkeypatch.setattr(probes, "sample_features", sample_features)
+    monkeypatch.setattr(probes, "linear_probe", lambda *of, task: parts.append(of) or probes.Scores(0.5, 0.5))
+    num_dates, counts = dict(s2=1, s1=1), []
+    for shown in (rows, rows[:1], rows[1:]):
+        probes.probe_scenes(nn.Module(), None, rows, held_out, cells=4, num_dates=num_dates, batch_size=2, shown=shown)
+        assert given == [["s2", "s1"]] * 3 + [[row.name for row in shown]] * 4
+        train, test = parts[-1]
+        counts.append((len(train.scenes), len(test.scenes)))
+        given.clear()
+    cloudless = sum(
+        int(features.read_whole(scene.sample, rows[:1], num_dates=num_dates).cell_usable["s2"].any(0).sum())
+        for scene in held_out.test
+    )
+    assert 0 < cloudless <= 4 * 40  # radar alone would see all
+    assert counts == [(3 * 64, cloudless)] * 3
 
 
 def test_probe_raw_bands_on_scenes_splits_them_and_scores_every_task(monkeypatch):

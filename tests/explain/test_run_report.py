@@ -241,7 +241,7 @@ def test_run_with_a_backbone_for_each_modality_is_refused(dense_run, monkeypatch
     model = loading.load(str(dense_run)).model
     with model.config.unlocked():
         model.config.model.backbone.shared = False
-    monkeypatch.setattr(loading.loading, "load", lambda workdir: model)
+    monkeypatch.setattr(loading.loading, "load", lambda workdir, step: model)
     with pytest.raises(ValueError, match=r"^RUN: config\.model\.backbone\.shared: got False; wanted True: a report"):
         loading.load(str(dense_run))
 
@@ -256,13 +256,23 @@ def test_records_that_are_gone_are_refused_and_scenes_offered(dense_run):
         loading.find_places(run, None, **FEW)
 
 
+def test_scenes_for_a_run_with_label_classes_of_its_own_are_refused(dense_run):
+    run = loading.load(str(dense_run))
+    with run.model.config.unlocked():
+        run.model.config.data.label_classes = ("water", "field")
+    with pytest.raises(
+        ValueError, match=r"--samples=scenes: .*\(config\.data\.label_classes\); wanted --samples=records"
+    ):
+        loading.find_places(run, places.SCENES, **FEW)
+
+
 def _say(monkeypatch, run, change):
     """As if the checkpoint of ``run`` said of itself what ``change`` makes of its config."""
     config = config_lib.unflatten(checkpoint.read_meta(run)["config"])
     with config.unlocked():
         change(config)
     meta = {"config": config_lib.flat_text(config)}
-    monkeypatch.setattr(checkpoint, "read_meta", lambda directory: meta)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda directory, step: meta)
 
 
 def test_weights_of_another_network_are_refused(dense_run, monkeypatch):

@@ -17,7 +17,7 @@ from saved import export_config
 
 from skysense_jax import checkpoint
 from skysense_jax.export import __main__ as command
-from skysense_jax.export import write
+from skysense_jax.export import card, write
 
 MODELLING = "modeling_skysensev2.py"
 
@@ -62,7 +62,7 @@ def test_config_holds_architecture_table_and_training(exported):
 
 
 def test_card_says_step_losses_probe_licence_and_commands(exported):
-    card = (exported / write.CARD).read_text()
+    text_of_card = (exported / write.CARD).read_text()
     for text in (
         "after step 10",
         "| loss | 1 |",
@@ -76,9 +76,16 @@ def test_card_says_step_losses_probe_licence_and_commands(exported):
         "--licence=CC-BY-4.0",
         "sha256sum --check",
     ):
-        assert text in card, text
-    assert "learning_rate |" not in card
-    assert "{" not in card.replace("{name}", "").split("## Use")[0], "a field of the template was left unfilled"
+        assert text in text_of_card, text
+    assert "learning_rate |" not in text_of_card
+    assert "{" not in text_of_card.replace("{name}", "").split("## Use")[0], "a field of the template was left unfilled"
+
+
+def test_card_keeps_scores_on_labelled_data_of_the_user_to_itself(tmp_path):
+    scores = {"osm/miou": 0.25, "osm/knn_miou": 0.2, "fields/miou": 0.5, "fields/knn_miou": 0.4, "roof/accuracy": 0.75}
+    (tmp_path / "probe.json").write_text(json.dumps({"step": 10, "teacher": scores}))
+    assert card.probe_scores(tmp_path, 10, labelled=["fields"]) == {"osm/miou": 0.25, "roof/accuracy": 0.75}
+    assert card.probe_scores(tmp_path, 9, labelled=["fields"]) == {}
 
 
 @pytest.mark.parametrize(("weights", "step"), [("teacher", 3), ("student", 3), ("student", 10)])

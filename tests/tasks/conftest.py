@@ -67,5 +67,5 @@ def without_weights(monkeypatch):
     config = task_config()
     rows = select(config.data.modalities)
     model = loading.Model(skysense.build(rows, **config.model), {}, rows, OSM, 4, config.data.num_dates, config, "none")
-    asked = lambda model_dir, modalities: dataclasses.replace(model, rows=loading._asked(rows, modalities))  # noqa: E731
+    asked = lambda model_dir, modalities, step: dataclasses.replace(model, rows=loading._asked(rows, modalities))  # noqa: E731
     monkeypatch.setattr(evaluate, "load", asked)

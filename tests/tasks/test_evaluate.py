@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import made_folders
 import pytest
 
 from skysense_jax.eval.__main__ import main
-from skysense_jax.tasks import evaluate, frozen
+from skysense_jax.tasks import evaluate, finetune, frozen
 from skysense_jax.tasks.cards import CARDS
 from skysense_jax.tasks.evaluate import Request
 
@@ -26,9 +27,9 @@ def test_command_on_maps_of_two_sensors_prints_and_writes_what_it_found(model_di
         main([f"--model={model_dir}", f"--dataset={folder}", f"--protocol={protocol}", f"--out={tmp_path / 'out'}"])
     text = capsys.readouterr().out
     results = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").iterdir())]
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
-        "mine-segmentation-knn-s2_s1-train0.67-label1-seed0.json",
-        "mine-segmentation-linear-s2_s1-train0.67-label1-seed0.json",
+    assert [path.name.rpartition("-")[0] for path in sorted((tmp_path / "out").iterdir())] == [
+        "mine-segmentation-knn-s2_s1-train0.67-label1-seed0",
+        "mine-segmentation-linear-s2_s1-train0.67-label1-seed0",
     ]
     for result in results:
         assert result["model"]["name"] == "task at step 4, exported"
@@ -51,7 +52,28 @@ def test_command_fine_tunes_with_what_it_is_told(model_dir, tmp_path, capsys):
     assert "protocol  finetune, seed 0" in capsys.readouterr().out
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "out").iterdir())
     assert result["protocol"] == "finetune"
+    assert result["asked"]["tune"] == ["num_steps=2", "batch_size=2", "decoder_width=8", "freeze=True"]
     assert 0 <= result["scores"]["miou"] <= result["scores"]["accuracy"] <= 1
+
+
+def test_values_of_tune_are_of_the_kind_of_their_field(tmp_path):
+    made_folders.own_maps(tmp_path)
+    said = ("freeze=false", "learning_rate=1", "overlap=2.5e-1", "features=fused", "num_steps=7")
+    request = Request(model="", dataset=str(tmp_path), protocol="finetune", tune=said)
+    found = evaluate._tuning(request, evaluate.asked_dataset(request)[0])
+    assert found == finetune.Options(freeze=False, learning_rate=1.0, overlap=0.25, features="fused", num_steps=7)
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_images_are_cut_into_larger_parts_to_fine_tune_on(tmp_path, monkeypatch):
+    """So that windows have places to be drawn from, and overlap."""
+    made_folders.potsdam(tmp_path, side=(32 * 40, 32 * 40))
+    seen = []
+    monkeypatch.setattr(finetune, "finetune", lambda model, train, test, **how: seen.append(train) or {"miou": 0.5})
+    request = Request(model="", dataset=f"potsdam:{tmp_path}", protocol="finetune")
+    for asked in (request, dataclasses.replace(request, tile_cells=20)):
+        evaluate.evaluate(asked)
+    assert [[example.before.extent_cells for example in train] for train in seen] == [[40] * 2, [20] * 8]
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -62,6 +84,8 @@ def test_records_with_label_maps_or_scene_classes(model_dir, tmp_path):
     assert maps["dataset"]["classes"][:2] == ["water", "wetland"]
     assert (maps["num_train"], maps["num_test"], maps["train_share"]) == (4, 4, None)
     assert 0 < maps["scores"]["accuracy"] <= 1
+    of_glob = evaluate.evaluate(Request(dataset=f"{folder}/t*.array_record", task="segmentation", **common))
+    assert of_glob["scores"] == maps["scores"]
     several = evaluate.evaluate(
         Request(dataset=f"bigearthnet:{folder}", label_share=0.75, modalities=("s2", "s1"), **common)
     )
@@ -106,6 +130,9 @@ def folders(tmp_path_factory):
     made_folders.oscd(root / "oscd")
     made_folders.labelled_records(root / "records", splits=("one",), each=2)
     (root / "empty").mkdir()
+    made_folders.own_maps(root / "single")
+    for path in (root / "single").rglob("[12].tif"):
+        path.unlink()
     (root / "naip").mkdir()
     card = json.loads((root / "mine/card.json").read_text())
     card["sources"] = dict(naip=dict(files="x/{name}.tif"))
@@ -130,6 +157,16 @@ def folders(tmp_path_factory):
             dict(protocol="finetune", tune=("num_steps=0",)),
             "--tune: options.num_steps: got 0; wanted 1",
         ),
+        (
+            "mine",
+            dict(protocol="finetune", tune=("freeze=no",)),
+            "--tune: freeze: got 'no'; wanted True or False",
+        ),
+        ("mine", dict(protocol="finetune", tune=("num_steps=2e3",)), "num_steps: got '2e3'; wanted a whole number"),
+        ("mine", dict(protocol="finetune", batch_size=4), "--batch_size: got 4 .*, --tune=batch_size=4"),
+        ("mine", dict(protocol="finetune", max_cells=9), "--max_cells: got 9 with --protocol=finetune"),
+        ("mine", dict(protocol="finetune", tile_cells=3), "--tile_cells: got 3; wanted the 4 cells of a window"),
+        ("single", dict(protocol="finetune"), "--dataset: no example in test"),
         ("mine", dict(protocol="svm"), "--protocol: got 'svm'; wanted one of knn, linear, finetune"),
         ("mine", dict(task="scene"), "--task: got scene; the card 'mine' is of segmentation"),
         ("mine", dict(task="detection"), "--task: got 'detection'; wanted one of"),
@@ -178,13 +215,18 @@ def test_file_names_of_different_results_differ():
         train_share=0.2,
         label_share=1.0,
         seed=0,
+        model=dict(place="runs/a", name="a at step 4"),
+        asked=dict(tune=["num_steps=2"]),
     )
-    assert evaluate.file_name(base) == "a_b-scene-knn-hr-train0.2-label1-seed0.json"
+    assert re.fullmatch(r"a_b-scene-knn-hr-train0\.2-label1-seed0-[0-9a-f]{8}\.json", evaluate.file_name(base))
     others = [
         dict(train_share=0.5),
         dict(label_share=0.1),
         dict(seed=1),
         dict(modalities=["s2"]),
         dict(protocol="linear"),
+        dict(model=dict(place="runs/b", name="a at step 4")),
+        dict(model=dict(place="runs/a", name="a at step 5")),
+        dict(asked=dict(tune=["num_steps=3"])),
     ]
-    assert len({evaluate.file_name(base | other) for other in others} | {evaluate.file_name(base)}) == 6
+    assert len({evaluate.file_name(base | other) for other in others} | {evaluate.file_name(base)}) == 9

@@ -252,12 +252,31 @@ def test_cards_that_contradict_themselves_are_refused(tmp_path):
         (dict(kind="scene", sources={"s2": cards.Source("x", format="rgb")}), "wanted it of hr"),
         (dict(kind="scene", sources={"s2": source}, splits=dict(train="a", test="b")), "where, and only where"),
         (dict(kind="multi_label", sources={"s2": source}), "wanted records"),
+        (
+            dict(kind="scene", sources={"s2": source}, members=dict(train=("a",), val=("b",))),
+            "belongs to 'train' and to 'test'",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             cards.Card("odd", **fields)
-    (tmp_path / "card.json").write_text('{"name": "odd", "kind": "scene", "colour": 1}')
-    with pytest.raises(ValueError, match="is no card"):
-        cards.read(tmp_path / "card.json")
+    for fields in ('"colour": 1', '"values": {"water": 1}', '"colours": {"#ff0000": 1}', '"splits": ["a", "b"]'):
+        (tmp_path / "card.json").write_text(f'{{"name": "odd", "kind": "scene", {fields}}}')
+        with pytest.raises(ValueError, match=r"card\.json is no card"):
+            cards.read(tmp_path / "card.json")
+
+
+def test_class_folders_that_the_card_does_not_know_are_refused(tmp_path):
+    made_folders.class_folders(tmp_path)
+    _refused(
+        tmp_path, _card("aid", num_classes=2, classes=("Beach", "farm")), HR, r"class folders \['beach'\]; the card"
+    )
+
+
+def test_images_of_a_published_split_that_are_not_there_are_told(tmp_path, errors):
+    made_folders.potsdam(tmp_path)
+    _read(tmp_path, CARDS["potsdam"], HR)
+    assert "lacks 22 of the 24 that 'potsdam' has of 'train', which are scored without: 2_11, 2_12, 3_10" in errors[0]
+    assert "lacks 13 of the 14 that 'potsdam' has of 'test'" in errors[1]
 
 
 def test_every_card_says_what_its_classes_are():

@@ -48,6 +48,16 @@ def test_modality_that_the_model_has_never_seen_is_refused(run_dir):
         loading.load(run_dir, modalities=("s2", "naip"))
 
 
+def test_step_is_that_of_a_checkpoint_of_a_run(run_dir, model_dir):
+    assert loading.load(run_dir, step="4").step == 4
+    with pytest.raises(ValueError, match=r"of the steps \[4\]; wanted step 3"):
+        loading.load(run_dir, step="3")
+    with pytest.raises(ValueError, match=r"--step: no checkpoint in .* was probed"):
+        loading.load(run_dir, step="best")
+    with pytest.raises(ValueError, match=r"--step: got 4; .* is an export, of one step"):
+        loading.load(model_dir, step="4")
+
+
 def test_what_is_no_model_is_refused(tmp_path, model_dir):
     with pytest.raises(ValueError, match=r"neither checkpoints/ nor config\.json"):
         loading.load(tmp_path)

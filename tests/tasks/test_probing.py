@@ -1,6 +1,7 @@
 """Probes of a run on labelled datasets: the scores of the command, asked for where training asks."""
 
 import shutil
+from unittest import mock
 
 import jax
 import made_folders
@@ -11,7 +12,7 @@ from micro import task_config
 from skysense_jax import assembly, outputs
 from skysense_jax.assembly import make_pipeline
 from skysense_jax.eval.probes import MAX_CELLS
-from skysense_jax.tasks import evaluate, frozen, loading
+from skysense_jax.tasks import evaluate, frozen, loading, probing
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,24 @@ def test_processes_that_read_other_examples_are_told_apart(run, folder, monkeypa
         outputs.read_labelled(config, run)
     with pytest.raises(ValueError, match="'kinds': --dataset: nowhere"):  # what this one could not read comes first
         outputs.read_labelled(_config(("kinds", "nowhere", "scene")), run)
+
+
+def test_processes_of_which_one_cannot_read_a_dataset_any_more_all_go_on_without_it(run, folder, monkeypatch, errors):
+    (probed,) = outputs.read_labelled(_config(("kinds", f"bigearthnet:{folder}", "")), run)
+    _several(monkeypatch, [None, np.array([True])])
+    assert probed.scores(None) == {}
+    monkeypatch.setattr(probing, "read_whole", mock.Mock(side_effect=OSError("half a record")))
+    _several(monkeypatch, [None, np.array([False])])
+    assert probed.scores(None) == {}
+    assert "'kinds' was not probed: processes [1] cannot read it" in errors[0]
+    assert "processes [0] cannot read it: half a record" in errors[1]
+
+
+def test_dataset_that_may_not_be_read_is_told_by_its_field(run, folder, monkeypatch):
+    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr("skysense_jax.tasks.evaluate.asked_dataset", denied)
+    with pytest.raises(ValueError, match=r"^config\.eval\.datasets: .*Permission denied"):
+        outputs.read_labelled(_config(("kinds", f"bigearthnet:{folder}", "")), run)
 
 
 def test_dry_run_says_what_is_probed(run, folder):
