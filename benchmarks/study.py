@@ -10,7 +10,7 @@ Every figure is stored under --out as soon as it is there, and the same run answ
 Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
 the label classes and the mean over all tasks, with 95 % t-intervals over seeds, and the difference from the question's
 first row, seed by seed. --json writes all raw figures into one file, --picture draws them.
-Not run yet. How to read it: docs/evaluation.md.
+Run with one seed: results.md and study.json. How to read it: docs/evaluation.md.
 """
 
 import argparse
@@ -336,9 +336,9 @@ def table(found: Mapping[str, Mapping[int, Any]], questions: Mapping[str, Mappin
     cells = [figures for of_row in found.values() for figures in of_row.values()]
     steps = sorted({figures["steps"] for figures in cells})
     lines.append(f"- {len(cells)} figures, runs of {' or '.join(map(str, steps)) or 'no'} steps; points, mean and")
-    if (codes := len({figures.get("code") for figures in cells})) > 1:
-        lines[-1] += f" of {codes} versions of the code,"
     lines[-1] += f" 95 % t-interval over seeds; jax {jax.__version__} on {jax.default_backend()}"
+    if (codes := len({figures.get("code") for figures in cells})) > 1:
+        lines[-1] += f"; {codes} versions of the code"
     return "\n".join(lines)
 
 
