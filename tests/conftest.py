@@ -14,7 +14,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS)).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-gc.set_threshold(100_000, 20, 100)  # tracing makes millions of objects that live on: a sixth of its time
+gc.set_threshold(100_000, 20, 100)  # tracing makes millions of objects that live on
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

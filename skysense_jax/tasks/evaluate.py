@@ -129,11 +129,11 @@ def _check_flags(request: Request) -> None:
         raise ValueError(f"--task: got {request.task!r}; wanted one of {', '.join(KINDS)}")
     if request.tune and request.protocol != FINETUNE:
         raise ValueError(f"--tune: got {request.tune[0]!r} with --protocol={request.protocol}; wanted {FINETUNE}")
-    for flag, field in (("batch_size", "batch_size"), ("max_cells", "")):
-        got = getattr(request, flag)
-        if request.protocol == FINETUNE and got != getattr(Request, flag):
-            hint = f", --tune={field}={got}" if field else ""
-            raise ValueError(f"--{flag}: got {got} with --protocol={FINETUNE}; wanted it with frozen features{hint}")
+    for flag in ("batch_size", "max_cells") if request.protocol == FINETUNE else ():
+        if (got := getattr(request, flag)) != getattr(Request, flag):
+            raise ValueError(
+                f"--{flag}: got {got} with --protocol={FINETUNE}; wanted it with frozen features, or --tune=FIELD=VALUE"
+            )
     for flag in ("label_share", "train_share"):
         share, all_too = getattr(request, flag), flag == "label_share"
         if share is not None and not (0 < share < 1 or (all_too and share == 1)):
@@ -272,11 +272,7 @@ def _result(
         seed=request.seed,
         num_train=len(train),
         num_test=len(test),
-        asked={
-            name: str(value) if isinstance(value, pathlib.Path) else value
-            for name, value in dataclasses.asdict(request).items()
-            if name != "out"
-        },
+        asked={name: value for name, value in dataclasses.asdict(request).items() if name != "out"},
         scores={name: value if math.isfinite(value) else None for name, value in scores.items()},
         published=[dict(dataclasses.asdict(figure), note=_NOTE) for figure in card.published],
     )

@@ -163,7 +163,7 @@ def folders(tmp_path_factory):
             "--tune: freeze: got 'no'; wanted True or False",
         ),
         ("mine", dict(protocol="finetune", tune=("num_steps=2e3",)), "num_steps: got '2e3'; wanted a whole number"),
-        ("mine", dict(protocol="finetune", batch_size=4), "--batch_size: got 4 .*, --tune=batch_size=4"),
+        ("mine", dict(protocol="finetune", batch_size=4), "--batch_size: got 4 .*, or --tune=FIELD=VALUE"),
         ("mine", dict(protocol="finetune", max_cells=9), "--max_cells: got 9 with --protocol=finetune"),
         ("mine", dict(protocol="finetune", tile_cells=3), "--tile_cells: got 3; wanted the 4 cells of a window"),
         ("single", dict(protocol="finetune"), "--dataset: no example in test"),
