@@ -44,7 +44,7 @@ class Case:
     Attributes:
       trim: pixels and thus tokens taken off the images' right and lower edges, in tokens of stage 1.
       masks: whether pixels, dates and clouds are masked.
-      merging: of ``config.model.backbone``.
+      merging, num_prompts: of ``config.model.backbone``.
       gradients: whether they are compared too.
       batch: samples.
     """
@@ -55,12 +55,14 @@ class Case:
     trim: int = 0
     masks: bool = False
     merging: str = "averaged"
+    num_prompts: int = 4
     gradients: bool = True
     batch: int = 2
 
     def __str__(self) -> str:
         extras = [f"{self.cells[0]}x{self.cells[1]} cells", f"{self.trim} tokens off" if self.trim else ""]
         extras += ["masks" if self.masks else "", self.merging if self.merging != "averaged" else ""]
+        extras += [f"{self.num_prompts} prompts" if self.num_prompts != 4 else ""]
         return f"{self.config:10s} {'+'.join(self.modalities):9s} {', '.join(filter(None, extras))}"
 
 
@@ -71,6 +73,7 @@ SMALL_CASES = (
     Case("tiny", ("hr",), cells=(3, 4), trim=3, masks=True),  # an odd grid at every merge
     Case("tiny_moe", ("s2", "s1"), cells=(13, 11), masks=True),  # windows do not divide the grid, some are shifted
     Case("tiny", EACH[3], merging="separate"),
+    Case("tiny", ("s2", "s1"), masks=True, num_prompts=0),
 )
 CASES = (
     *SMALL_CASES,
@@ -200,18 +203,18 @@ def of_torch(model: SkySenseV2, inputs: Inputs, gradients: bool):
     return features, {name: x.grad.movedim(2, -1).numpy() for name, x in images.items()}
 
 
-def build(config: str, merging: str):
+def build(case: Case):
     """The JAX network with all modalities, their rows, and ``config.model``."""
-    of_config = config_lib.load(f"configs/{config}.py")
+    of_config = config_lib.load(f"configs/{case.config}.py")
     of_config.model.compute_dtype = "float32"
-    of_config.model.backbone.merging = merging
+    of_config.model.backbone.update(merging=case.merging, num_prompts=case.num_prompts)
     rows = modalities_lib.select(of_config.data.modalities)
     return skysense.build(rows, **of_config.model), rows, of_config.model
 
 
 def run_case(case: Case, seed: int = 0) -> Difference:
     """The difference that a case shows."""
-    model, rows, config = build(case.config, case.merging)
+    model, rows, config = build(case)
     shapes = dry_run.batch_shapes(
         rows, batch_size=1, num_dates=NUM_DATES, views=dict(num_global=1, num_local=1, global_cells=2, local_cells=2)
     )

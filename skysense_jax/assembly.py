@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from skysense_jax import config as config_lib
-from skysense_jax import config_layout, cost, distil, dry_run, modalities, norms, optim, train_step
+from skysense_jax import config_layout, cost, distil, dry_run, modalities, norms, optim, train_state, train_step
 from skysense_jax.batch import Batch
 from skysense_jax.data import pipeline as pipeline_lib
 from skysense_jax.data.text import load_text_table
@@ -33,8 +34,10 @@ class Run:
       network: of student and teacher alike.
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
-      step: (state, batch, frozen parameters or None) -> (state, metrics), not yet jitted.
-      norms: (boxed parameters, state, batch, frozen parameters or None) -> norms by layer (norms.py), not yet jitted.
+      step: (state, batch, key, frozen parameters or None) -> (state, metrics), not yet jitted.
+      key: of the config's seed, for all steps (train_state.key_of).
+      norms: (boxed parameters, state, batch, key, frozen parameters or None) -> norms by layer (norms.py), not yet
+        jitted.
       frozen: the trained run that this one learns from, if it distils one.
     """
 
@@ -44,6 +47,7 @@ class Run:
     optimizer: Any
     schedules: train_step.Schedules
     step: Any
+    key: np.ndarray
     norms: Any
     frozen: distil.FrozenTeacher | None = None
 
@@ -154,14 +158,14 @@ def assemble(
             distil=dict(objective.distil),
         ),
         schedules=schedules,
-        seed=config.optim.seed,
         photometric_strength=config.data.photometric_strength,
         microbatches=config.parts.microbatches,
         frozen=None if frozen is None else frozen.network,
     )
     step = train_step.make_train_step(sides, optimizer)
     looked = functools.partial(norms.gradient_norms, sides)
-    return Run(rows, labels, network, optimizer, schedules, step, looked, frozen)
+    key = train_state.key_of(config.optim.seed)
+    return Run(rows, labels, network, optimizer, schedules, step, key, looked, frozen)
 
 
 def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:

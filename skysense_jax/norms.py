@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from skysense_jax.batch import Batch
 from skysense_jax.sharding import LAYERS
@@ -43,12 +43,14 @@ def layer_norms(tree: Any, boxed: Any) -> Norms:
     return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
-def gradient_norms(sides: Sides, boxed: Any, state: TrainState, batch: Batch, frozen: Any = None) -> Mapping[str, Any]:
+def gradient_norms(
+    sides: Sides, boxed: Any, state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+) -> Mapping[str, Any]:
     """``{"gradient": {term: norms}, "parameters": norms}`` of the student before a step on ``batch``.
 
     Terms are weighted as in the loss, before the gradient is clipped; "loss" is their sum.
     """
-    inputs, _, targets = sides.look(state, batch, frozen)
+    inputs, _, targets = sides.look(state, batch, key, frozen)
     weights = sides.objective.weights
     terms = jax.eval_shape(lambda: student_sums(sides.student(state.student), inputs, targets, sides.objective))
     # without a mixture of experts there is no term of routers, whatever its weight

@@ -126,9 +126,9 @@ def train(
                 files.send()
 
         # ---- loop
-        last_step, step_fn = config.optim.num_steps, jit_step(run.step, boxed, mesh)
-        if frozen is not None:  # an argument, not a constant that the compiler folds into the program
-            step_fn = functools.partial(step_fn, frozen=frozen.params)
+        # arguments, not constants that the compiler folds into the program
+        given = dict(key=run.key, frozen=None if frozen is None else frozen.params)
+        last_step, step_fn = config.optim.num_steps, functools.partial(jit_step(run.step, boxed, mesh), **given)
         norms_fn = jax.jit(
             functools.partial(run.norms, boxed.student), compiler_options=compiler.options(mesh.local_devices[0])
         )
@@ -149,7 +149,7 @@ def train(
                     dry_run.check_element(element, shapes, num_samples=len(places))
                 if _due(step, config.run.norms_every_steps):
                     with monitor.clock.left_out():
-                        looked = norms_fn(course.state, batch, None if frozen is None else frozen.params)
+                        looked = norms_fn(course.state, batch, **given)
                         monitor.keep_norms(step, jax.device_get(looked))
                 course.state, step_metrics = profiler.run(step, step_fn, course.state, batch)
                 monitor.after_step(step, step_metrics, element)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -36,9 +37,16 @@ class TrainState:
     nonfinite_total: Any  # int32
 
 
-def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, seed: int) -> TrainState:
+def key_of(seed: int) -> np.ndarray:
+    """The bits that all randomness of a run comes from, uint32 [2]; an argument of its programs, so that they do not
+    depend on the seed."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, key: Any) -> TrainState:
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-    params_key, _ = jax.random.split(jax.random.key(seed))  # the first of two: so a seed means what it always did
+    # the first of two: so a seed means what it always did
+    params_key, _ = jax.random.split(jax.random.wrap_key_data(key))
     student = model.init(params_key, zeros, train=False)["params"]
     counter = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     return TrainState(
@@ -57,7 +65,8 @@ def boxed_state(model: SkySense, optimizer: optax.GradientTransformation, batch:
     ``batch`` is a batch of shapes; parameters do not depend on its number of samples, so one sample is enough.
     """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
-    return jax.eval_shape(lambda: _init_boxed(model, optimizer, one, 0))
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return jax.eval_shape(lambda key: _init_boxed(model, optimizer, one, key), key)
 
 
 def state_shardings(boxed: TrainState, mesh: Mesh) -> TrainState:
@@ -92,4 +101,6 @@ def create_state(
     """A fresh state, each array made where it lives. Call under ``jax.set_mesh(mesh)``."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
     shardings = state_shardings(boxed_state(model, optimizer, batch), mesh)
-    return jax.jit(lambda: unbox(_init_boxed(model, optimizer, one, seed)), out_shardings=shardings)()
+    init = lambda key: unbox(_init_boxed(model, optimizer, one, key))  # noqa: E731
+    options = compiler.options(mesh.local_devices[0])
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key_of(seed))

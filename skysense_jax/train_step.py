@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from skysense_jax.batch import Batch
 from skysense_jax.losses import distil, koleo, matching, mgcl, parts, qsacl, text_alignment
@@ -275,7 +275,6 @@ class Sides:
 
     Attributes:
       frozen: a trained network of another size that the student learns from as well; None: there is none.
-      seed: of photometric changes, drop path and positions, with the step's number.
       microbatches: parts of a batch that go through the networks one after the other.
     """
 
@@ -283,7 +282,6 @@ class Sides:
     modalities: tuple[Modality, ...]
     objective: Objective
     schedules: Schedules
-    seed: int
     photometric_strength: float
     microbatches: int = 1
     frozen: SkySense | None = None
@@ -291,10 +289,15 @@ class Sides:
     def student(self, params: Any) -> Side:
         return Side(self.network, params, drops=True)
 
-    def look(self, state: TrainState, batch: Batch, frozen: Any = None) -> tuple[Inputs, Seen, Targets]:
+    def look(
+        self, state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+    ) -> tuple[Inputs, Seen, Targets]:
         """What both networks see of a batch, and what the teacher says of it, and the network of ``frozen`` parameters
-        if there is one."""
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        if there is one.
+
+        With the step's number ``key`` (train_state.key_of) gives photometric changes, drop path and positions.
+        """
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
         with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
             inputs = prepare_inputs(
                 batch,
@@ -322,17 +325,19 @@ class Sides:
 
 def make_train_step(
     sides: Sides, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """The function (state, batch, frozen parameters or None) -> (state, metrics), to be jitted under ``jax.set_mesh``
-    with the state donated.
+) -> Callable[[TrainState, Batch, UInt32[Array, "2"], Any], tuple[TrainState, Metrics]]:
+    """The function (state, batch, key of the run, frozen parameters or None) -> (state, metrics), to be jitted under
+    ``jax.set_mesh`` with the state donated. The key is an argument, so that runs which differ in it share a program.
 
     Metrics are fp32 scalars; ``loss`` is the weighted sum of the ``loss/...`` terms. A step whose loss or gradient is
     not finite leaves parameters, teacher and optimizer as they were and counts itself.
     """
     objective, schedules = sides.objective, sides.schedules
 
-    def train_step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        inputs, seen, targets = sides.look(state, batch, frozen)
+    def train_step(
+        state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        inputs, seen, targets = sides.look(state, batch, key, frozen)
         with jax.named_scope("student"):
             loss, sums, gradient = student_gradient(
                 sides.student, state.student, inputs, targets, objective, microbatches=sides.microbatches

@@ -76,6 +76,7 @@ ALLOWED = {
         "models",
         "norms",
         "optim",
+        "train_state",
         "train_step",
     },
     "norms": {"batch", "sharding", "train_state", "train_step", "trees"},

@@ -85,7 +85,7 @@ def test_step_is_compiled_once(first, sharded, element):
     with jax.set_mesh(sharded.mesh):
         batch = feed.to_device(element, sharded.mesh)
         for _ in range(2):
-            state, _ = sharded.step(state, batch, None)
+            state, _ = sharded.step(state, batch, sharded.run.key, None)
     assert sharded.step._cache_size() == before == 1
 
 
@@ -120,7 +120,7 @@ def test_step_without_a_term_does_not_report_it(fields, gone):
     without = Compiled(config, jax.devices()[:1])
     with jax.set_mesh(without.mesh):
         state = train_state.boxed_state(without.run.network, without.run.optimizer, without.shapes)
-        _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes)
+        _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes, without.run.key)
     assert "loss" in metrics
     assert gone not in metrics
 

@@ -423,9 +423,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None, modality: Modality, cells: tuple[int, int]) -> Tensor:
         """The map [N P Q D] after the blocks, among its ``valid`` tokens [N P Q]; ``cells`` as in ``rotation``."""
-        if not self.prompts:
+        if isinstance(self.blocks[0], SwinBlock):
             return run(self.blocks, x, valid, checkpointing=self.gradient_checkpointing)
-        prompts = self.prompts[modality.name]
+        prompts = self.prompts[modality.name] if self.prompts else x.new_zeros(0, x.shape[-1])
         turn = rotation(x.shape[1:3], cells, len(prompts), self.blocks[0].attn.attn.head_dim, x.device)
         tokens = torch.cat((x.flatten(1, 2), prompts.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
         seen = None
@@ -507,7 +507,7 @@ class SkySenseV2(nn.Module):
         widths, num_blocks = [net["width"] * 2**stage for stage in range(4)], sum(net["depths"])
         self.patch_embed = nn.ModuleDict({name: PatchEmbed(m, widths[0]) for name, m in self.modalities.items()})
         self.stages, index = nn.ModuleList(), 0
-        common = dict(head_width=net["head_width"], mlp_ratio=net["mlp_ratio"])
+        common, prompts = dict(head_width=net["head_width"], mlp_ratio=net["mlp_ratio"]), net["num_prompts"]
         mixture = dict(num_experts=net["num_experts"], experts_per_token=net["experts_per_token"])
         for stage, (dim, depth) in enumerate(zip(widths, net["depths"])):
             blocks = []
@@ -519,13 +519,13 @@ class SkySenseV2(nn.Module):
                     experts = mixture if index >= num_blocks - net["num_moe_blocks"] else {}
                     blocks.append(GlobalBlock(dim, rate, layer_scale=True, **common, **experts))
                 index += 1
-            keeping = [m.name for m in self.modalities.values() if stage and not m.merges_at[stage - 1]]
-            keeping = keeping if net["merging"] == "separate" else ()
+            separate = stage and net["merging"] == "separate"
+            keeping = [m.name for m in self.modalities.values() if separate and not m.merges_at[stage - 1]]
             self.stages.append(
                 Stage(
                     blocks,
                     PatchMerging(widths[stage - 1], keeping) if stage else None,
-                    {name: small_normal(net["num_prompts"], dim) for name in self.modalities} if stage > 1 else {},
+                    {name: small_normal(prompts, dim) for name in self.modalities if stage > 1 and prompts},
                 )
             )
         fusion = config["fusion"]

@@ -175,7 +175,7 @@ def weights(
                         kernel = (f"{path}/keep_{m.name}_kernel",)
                         yield Weight(f"{name}.downsample.keep.{m.name}.weight", kernel, (), **_transposed())
             yield from _norm(f"{name}.downsample.norm", f"{path}/norm")
-        if stage > 1:
+        if stage > 1 and backbone["num_prompts"]:
             for m in modalities:
                 prompts = (f"backbone/stage{stage + 1}_{m.name}_prompts",)
                 yield Weight(f"{name}.prompts.{m.name}", prompts, (), **_joined())

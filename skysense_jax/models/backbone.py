@@ -102,14 +102,15 @@ class Backbone(nn.Module):
             keeping = [m.name for m in self.modalities if not m.merges_at[stage - 2]]
             separate = tuple(keeping) if self.merging == "separate" else ()
             setattr(self, f"merging_{stage}", PatchMerging(widths[stage - 2], separate, dtype))
-        init = partitioned(VECTOR_INIT, UNSHARDED, EMBED)
         for stage in (3, 4):
-            prompts = {
-                m.name: self.param(f"stage{stage}_{m.name}_prompts", init, (self.num_prompts, widths[stage - 1]))
-                for m in self.modalities
-            }
-            setattr(self, f"prompts{stage}", prompts)
+            setattr(self, f"prompts{stage}", self._prompts(stage, widths[stage - 1]))
             self._add_segments(stage)
+
+    def _prompts(self, stage: int, width: int) -> dict[str, Any]:
+        """Of each modality. None are no parameter: checkpoints take no empty array."""
+        shape, init = (self.num_prompts, width), partitioned(VECTOR_INIT, UNSHARDED, EMBED)
+        draw = lambda m: self.param(f"stage{stage}_{m.name}_prompts", init, shape)  # noqa: E731
+        return {m.name: draw(m) if self.num_prompts else jnp.zeros(shape) for m in self.modalities}
 
     def _add_segments(self, stage: int):
         """The dense and the mixture blocks of stage 3 or 4, each one block whose parameters the scan stacks."""

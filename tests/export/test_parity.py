@@ -12,6 +12,7 @@ RUN = (
     "tiny_moe hr+s2+s1 4x5 cells, masks",
     "tiny_moe s2+s1 13x11 cells, masks",
     "tiny hr+s2+s1 4x5 cells, separate",
+    "tiny s2+s1 4x5 cells, masks, 0 prompts",
 )
 
 

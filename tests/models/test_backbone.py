@@ -102,6 +102,13 @@ def test_parameter_count_of_named_size_without_allocating(name, changes, wanted)
         assert set(leaf.names) <= {*dict(sharding.LOGICAL_AXIS_RULES), None}
 
 
+def test_backbone_without_prompts_has_no_empty_parameter():
+    """Which no checkpoint would take."""
+    leaves = jax.tree.leaves_with_path(sharding.unbox(_boxed(num_prompts=0)))
+    assert all(leaf.size for _, leaf in leaves)
+    assert not any("prompts" in jax.tree_util.keystr(path) for path, _ in leaves)
+
+
 def test_group_modalities_by_grid_and_merging():
     grids = {"s1": (8, 8), "hr": (64, 64), "s2": (8, 8)}
     assert [[m.name for m in group] for group in group_modalities(ALL, grids)] == [["hr"], ["s2", "s1"]]
