@@ -185,7 +185,10 @@ def batch_flops(
     without recomputation."""
     teacher_local = config.objective.weights.qsacl > 0
     flops = cost.batch_flops(rows, data=config.data, model=config.model, teacher_local=teacher_local)
-    return flops + (cost.frozen_flops(rows, data=config.data, model=frozen.config.model) if frozen else 0.0)
+    if frozen is None:
+        return flops
+    fused = config.objective.distil.fused_weight > 0
+    return flops + cost.frozen_flops(rows, data=config.data, model=frozen.config.model, fused=fused)
 
 
 def batch_shapes(config: ConfigDict, rows: tuple[modalities.Modality, ...]) -> Batch:

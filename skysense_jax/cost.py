@@ -151,11 +151,14 @@ def batch_flops(
     return of_sample * data["batch_size"]
 
 
-def frozen_flops(modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any]) -> float:
-    """FLOPs of a frozen network in a step: forward, the batch's global views; ``model`` is its config's section."""
+def frozen_flops(
+    modalities: Sequence[Modality], *, data: Mapping[str, Any], model: Mapping[str, Any], fused: bool
+) -> float:
+    """FLOPs of a frozen network in a step: forward, the batch's global views; ``model`` is its config's section,
+    ``fused`` whether its fused features are asked for."""
     view = view_costs(modalities, data=data, model=model)["global"]
     images = sum(data["num_dates"][name] * flops for name, flops in view.image_flops.items())
-    return data["batch_size"] * data["views"]["num_global"] * (images + view.fusion_flops)
+    return data["batch_size"] * data["views"]["num_global"] * (images + view.fusion_flops * fused)
 
 
 def state_bytes(num_parameters: int) -> int:

@@ -229,6 +229,12 @@ def test_frozen_weights_lie_divided_over_the_mesh_and_their_cost_is_counted(teac
     model = run.frozen.config.model
     whole = cost.batch_flops(run.modalities, data=alone.data, model=model, teacher_local=False)
     assert more == pytest.approx(whole / 4, rel=1e-12)
+    alone.objective.distil.fused_weight = 0.0
+    images = cost.view_costs(run.modalities, data=alone.data, model=model)["global"].image_flops
+    fewer = assembly.batch_flops(alone, run.modalities, run.frozen) - assembly.batch_flops(alone, run.modalities)
+    assert fewer == alone.data.batch_size * alone.data.views.num_global * sum(
+        alone.data.num_dates[name] * of_image for name, of_image in images.items()
+    )
 
 
 def test_plan_compares_with_the_formula_of_both_networks(teacher, monkeypatch):

@@ -10,8 +10,11 @@ import sys
 
 from absl import logging
 
-from skysense_jax.tasks import evaluate
-from skysense_jax.tasks.examples import KINDS
+try:
+    from skysense_jax.tasks import evaluate
+    from skysense_jax.tasks.examples import KINDS
+except ModuleNotFoundError as error:  # a user's environment, so one line
+    sys.exit(f"error: {error}")
 
 _TILES_HELP = (
     f"side of the parts that images with maps are cut into: {evaluate.TILE_CELLS}, or {evaluate.TUNED_TILE_CELLS} to "

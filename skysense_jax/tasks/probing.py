@@ -69,8 +69,8 @@ class Probed:
         try:
             found = frozen.evaluate(model, self.train, self.test, self.options, protocols=protocols)
         except (ValueError, OSError) as error:
-            if jax.process_count() > 1:  # the others may wait for this one
-                raise
+            if jax.process_count() > 1 and not isinstance(error, frozen.NothingToFitError):
+                raise  # the others may wait for this one
             logging.error("%s: %r was not probed: %s", FIELD, self.name, error)
             return {}
         prefix = {frozen.LINEAR: "", frozen.KNN: "knn_"}

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import made_folders
 import pytest
@@ -230,3 +232,14 @@ def test_file_names_of_different_results_differ():
         dict(asked=dict(tune=["num_steps=3"])),
     ]
     assert len({evaluate.file_name(base | other) for other in others} | {evaluate.file_name(base)}) == 9
+
+
+def test_command_without_its_extra_ends_in_one_line():
+    without = (
+        "import importlib.util as u, runpy; real = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'rasterio' else real(name, *rest); "
+        "runpy.run_module('skysense_jax.eval', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: skysense_jax.ingest needs rasterio, .*pip install .*\[ingest\].*\n", ended.stderr)

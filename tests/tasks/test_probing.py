@@ -123,6 +123,17 @@ def test_processes_of_which_one_cannot_read_a_dataset_any_more_all_go_on_without
     assert "processes [0] cannot read it: half a record" in errors[1]
 
 
+def test_processes_that_find_nothing_to_fit_all_go_on_and_another_error_ends_them(run, folder, monkeypatch, errors):
+    (probed,) = outputs.read_labelled(_config(("kinds", f"bigearthnet:{folder}", "")), run)
+    _several(monkeypatch, [None, None])
+    monkeypatch.setattr(frozen, "evaluate", mock.Mock(side_effect=frozen.NothingToFitError("no cell")))
+    assert probed.scores(None) == {}
+    assert "'kinds' was not probed: no cell" in errors[0]
+    monkeypatch.setattr(frozen, "evaluate", mock.Mock(side_effect=ValueError("half a record")))
+    with pytest.raises(ValueError, match="half a record"):
+        probed.scores(None)
+
+
 def test_dataset_that_may_not_be_read_is_told_by_its_field(run, folder, monkeypatch):
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("skysense_jax.tasks.evaluate.asked_dataset", denied)
