@@ -98,10 +98,10 @@ def _step_seconds(settings, run, boxed, mesh, state, steps):
     with contextlib.closing(iter(assembly.make_pipeline(settings))) as source:
         element = next(source)
     step_fn, batch = train_state.jit_step(run.step, boxed, mesh), feed.to_device(element, mesh)
-    state, _ = jax.block_until_ready(step_fn(state, batch, run.key))
+    state, _ = jax.block_until_ready(step_fn(state, batch, run.seed))
     began = time.perf_counter()
     for _ in range(steps):
-        state, _ = step_fn(state, batch, run.key)
+        state, _ = step_fn(state, batch, run.seed)
     jax.block_until_ready(state)
     return (time.perf_counter() - began) / steps, state
 

@@ -23,7 +23,7 @@ def measure(name: str, *, compile_it: bool) -> tuple[str, ...]:
         state, batch = train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh)
         step = train_state.jit_step(run.step, boxed, mesh)
         start = time.perf_counter()
-        lowered = step.lower(state, batch, run.key)
+        lowered = step.lower(state, batch, run.seed)
         lower_seconds = time.perf_counter() - start
         lines = len(lowered.as_text().splitlines())
         start = time.perf_counter()

@@ -184,10 +184,10 @@ def _prepared_step(config: ConfigDict, folder: pathlib.Path | None) -> Prepared:
         boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
         batch = jax.device_put(filled(shapes, run.modalities), sharding.batch_sharding(mesh))
         state = [train_state.create_state(run.network, run.optimizer, shapes, seed=0, mesh=mesh)]
-        compiled = train_state.jit_step(run.step, boxed, mesh).lower(state[0], batch, run.key).compile()
+        compiled = train_state.jit_step(run.step, boxed, mesh).lower(state[0], batch, run.seed).compile()
 
     def start() -> Any:
-        state[0], metrics = compiled(state[0], batch, run.key)
+        state[0], metrics = compiled(state[0], batch, run.seed)
         return state[0], metrics
 
     def read(found: Any) -> dict[str, Any]:

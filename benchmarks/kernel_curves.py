@@ -33,12 +33,12 @@ class Training:
             boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
             how = dict(seed=config.optim.seed, mesh=self._mesh)
             self._state = train_state.create_state(run.network, run.optimizer, shapes, **how)
-            self._step, self._key = train_state.jit_step(run.step, boxed, self._mesh), run.key
+            self._step, self._seed = train_state.jit_step(run.step, boxed, self._mesh), run.seed
 
     def __call__(self, element) -> dict[str, float]:
         """One step; its terms."""
         with jax.set_mesh(self._mesh):
-            self._state, metrics = self._step(self._state, feed.to_device(element, self._mesh), self._key)
+            self._state, metrics = self._step(self._state, feed.to_device(element, self._mesh), self._seed)
         return {name: float(value) for name, value in metrics.items() if name == "loss" or name.startswith("loss/")}
 
 

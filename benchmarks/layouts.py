@@ -37,12 +37,12 @@ def compiled(name, layout, batch_size):
             batch = feed.to_device(next(source), mesh)
         state = [train_state.create_state(run.network, run.optimizer, shapes, seed=0, mesh=mesh)]
         start = time.perf_counter()
-        traced = train_state.jit_step(run.step, boxed, mesh).trace(state[0], batch, run.key)
+        traced = train_state.jit_step(run.step, boxed, mesh).trace(state[0], batch, run.seed)
         step = traced.lower().compile()
         seconds = time.perf_counter() - start
 
     def once():
-        state[0], metrics = step(state[0], batch, run.key)
+        state[0], metrics = step(state[0], batch, run.seed)
         jax.block_until_ready((state[0], metrics))
 
     return once, flops.of_jaxpr(traced.jaxpr.jaxpr), seconds

@@ -51,11 +51,13 @@ class Variant:
       title: in tables.
       fields: of the config, those that differ (dotted name to value).
       reads: modalities that test scenes show, scored on cells that each modality sees; (): all, on all cells.
+      trained: False: what the run starts from is scored, as a yardstick.
     """
 
     title: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    trained: bool = True
 
 
 def _weights(**weights: float) -> dict[str, float]:
@@ -77,6 +79,7 @@ QUESTIONS: Mapping[str, Mapping[str, Variant]] = {
         "mgcl_off": Variant("L_MGCL left out", _weights(mgcl=0.0)),
         "qsacl_off": Variant("L_QSACL left out", _weights(qsacl=0.0)),
         "text_off": Variant("L_ITA left out", _weights(text_alignment=0.0)),
+        "untrained": Variant("untrained", trained=False),
     },
     "granularity": {
         "all": Variant("L_MGCL of pixels, objects and images"),
@@ -195,7 +198,7 @@ class Store:
 
 
 Train = Callable[[ConfigDict, Mapping[str, Any], int], tuple[pathlib.Path, float]]
-Score = Callable[[ConfigDict, pathlib.Path, Variant], dict[str, float | None]]
+Score = Callable[[ConfigDict, pathlib.Path | None, Variant], dict[str, float | None]]
 
 
 def measure(
@@ -211,7 +214,7 @@ def measure(
     """Per row and seed its figures, missing ones made first; none is begun after ``until`` (time.monotonic).
 
     ``train``: of the row's config, its fields and the seed the run's directory and its minutes; ``score``: the probe's
-    scores of a run.
+    scores of a run, or of what it starts from.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
     for seed in range(seeds):
@@ -219,15 +222,16 @@ def measure(
             fields = {**variant.fields, "optim.seed": seed, "data.seed": seed}
             changed = applied(config, fields)
             made_by = f"{config_lib.fingerprint(changed, SECTIONS)} {','.join(variant.reads)}".strip()
+            made_by += "" if variant.trained else " untrained"
             figures = store.get(row, seed, made_by=made_by) or store.of_twin(seed, made_by=made_by)
             if figures is None:
                 if time.monotonic() > until:
                     continue
-                workdir, minutes = train(changed, fields, seed)
+                workdir, minutes = train(changed, fields, seed) if variant.trained else (None, 0.0)
                 figures = {
                     "config": made_by,
                     "code": facts.code_digest(),
-                    "steps": config.optim.num_steps,
+                    "steps": config.optim.num_steps if variant.trained else 0,
                     "minutes": minutes,
                     "parameters": num_parameters(changed),
                     "scores": score(changed, workdir, variant),
@@ -258,9 +262,10 @@ class Runs:
                 write_whole(done, json.dumps(found))
         return workdir, json.loads(done.read_text())["minutes"]
 
-    def score(self, config: ConfigDict, workdir: pathlib.Path, variant: Variant) -> dict[str, float | None]:
+    def score(self, config: ConfigDict, workdir: pathlib.Path | None, variant: Variant) -> dict[str, float | None]:
         """Of the probe; None where there was nothing to tell apart."""
-        found = learning.Probe(config, reads=variant.reads).trained(workdir)
+        probe = learning.Probe(config, reads=variant.reads)
+        found = probe.trained(workdir) if workdir else probe.untrained(config.optim.seed)
         return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 

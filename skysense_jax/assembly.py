@@ -34,9 +34,9 @@ class Run:
       network: of student and teacher alike.
       optimizer: optax transformation of the student's parameters.
       schedules: functions of the step.
-      step: (state, batch, key, frozen parameters or None) -> (state, metrics), not yet jitted.
-      key: of the config's seed, for all steps (train_state.key_of).
-      norms: (boxed parameters, state, batch, key, frozen parameters or None) -> norms by layer (norms.py), not yet
+      step: (state, batch, seed, frozen parameters or None) -> (state, metrics), not yet jitted.
+      seed: of the config, as the step takes it.
+      norms: (boxed parameters, state, batch, seed, frozen parameters or None) -> norms by layer (norms.py), not yet
         jitted.
       frozen: the trained run that this one learns from, if it distils one.
     """
@@ -47,7 +47,7 @@ class Run:
     optimizer: Any
     schedules: train_step.Schedules
     step: Any
-    key: np.ndarray
+    seed: np.uint32
     norms: Any
     frozen: distil.FrozenTeacher | None = None
 
@@ -164,8 +164,8 @@ def assemble(
     )
     step = train_step.make_train_step(sides, optimizer)
     looked = functools.partial(norms.gradient_norms, sides)
-    key = train_state.key_of(config.optim.seed)
-    return Run(rows, labels, network, optimizer, schedules, step, key, looked, frozen)
+    seed = train_state.as_argument(config.optim.seed)
+    return Run(rows, labels, network, optimizer, schedules, step, seed, looked, frozen)
 
 
 def make_pipeline(config: ConfigDict, places: Sequence[int] | None = None) -> pipeline_lib.Pipeline:

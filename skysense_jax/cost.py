@@ -158,7 +158,7 @@ def frozen_flops(
     ``fused`` whether its fused features are asked for."""
     view = view_costs(modalities, data=data, model=model)["global"]
     images = sum(data["num_dates"][name] * flops for name, flops in view.image_flops.items())
-    return data["batch_size"] * data["views"]["num_global"] * (images + view.fusion_flops * fused)
+    return data["batch_size"] * data["views"]["num_global"] * (images + (view.fusion_flops if fused else 0.0))
 
 
 def state_bytes(num_parameters: int) -> int:

@@ -44,13 +44,13 @@ def layer_norms(tree: Any, boxed: Any) -> Norms:
 
 
 def gradient_norms(
-    sides: Sides, boxed: Any, state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+    sides: Sides, boxed: Any, state: TrainState, batch: Batch, seed: UInt32[Array, ""], frozen: Any = None
 ) -> Mapping[str, Any]:
     """``{"gradient": {term: norms}, "parameters": norms}`` of the student before a step on ``batch``.
 
     Terms are weighted as in the loss, before the gradient is clipped; "loss" is their sum.
     """
-    inputs, _, targets = sides.look(state, batch, key, frozen)
+    inputs, _, targets = sides.look(state, batch, seed, frozen)
     weights = sides.objective.weights
     terms = jax.eval_shape(lambda: student_sums(sides.student(state.student), inputs, targets, sides.objective))
     # without a mixture of experts there is no term of routers, whatever its weight

@@ -127,7 +127,7 @@ def train(
 
         # ---- loop
         # arguments, not constants that the compiler folds into the program
-        given = dict(key=run.key, frozen=None if frozen is None else frozen.params)
+        given = dict(seed=run.seed, frozen=None if frozen is None else frozen.params)
         last_step, step_fn = config.optim.num_steps, functools.partial(jit_step(run.step, boxed, mesh), **given)
         norms_fn = jax.jit(
             functools.partial(run.norms, boxed.student), compiler_options=compiler.options(mesh.local_devices[0])

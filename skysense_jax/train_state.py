@@ -37,16 +37,15 @@ class TrainState:
     nonfinite_total: Any  # int32
 
 
-def key_of(seed: int) -> np.ndarray:
-    """The bits that all randomness of a run comes from, uint32 [2]; an argument of its programs, so that they do not
-    depend on the seed."""
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+def as_argument(seed: int) -> np.uint32:
+    """What ``jax.random.key`` makes of a seed, as an argument of programs: they are the same for every seed."""
+    return np.uint32(seed % 2**32)
 
 
-def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, key: Any) -> TrainState:
+def _init_boxed(model: SkySense, optimizer: optax.GradientTransformation, batch: Batch, seed: Any) -> TrainState:
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
     # the first of two: so a seed means what it always did
-    params_key, _ = jax.random.split(jax.random.wrap_key_data(key))
+    params_key, _ = jax.random.split(jax.random.key(seed))
     student = model.init(params_key, zeros, train=False)["params"]
     counter = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     return TrainState(
@@ -65,8 +64,7 @@ def boxed_state(model: SkySense, optimizer: optax.GradientTransformation, batch:
     ``batch`` is a batch of shapes; parameters do not depend on its number of samples, so one sample is enough.
     """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return jax.eval_shape(lambda key: _init_boxed(model, optimizer, one, key), key)
+    return jax.eval_shape(lambda: _init_boxed(model, optimizer, one, 0))
 
 
 def state_shardings(boxed: TrainState, mesh: Mesh) -> TrainState:
@@ -101,6 +99,5 @@ def create_state(
     """A fresh state, each array made where it lives. Call under ``jax.set_mesh(mesh)``."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
     shardings = state_shardings(boxed_state(model, optimizer, batch), mesh)
-    init = lambda key: unbox(_init_boxed(model, optimizer, one, key))  # noqa: E731
-    options = compiler.options(mesh.local_devices[0])
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key_of(seed))
+    init = lambda seed: unbox(_init_boxed(model, optimizer, one, seed))  # noqa: E731
+    return jax.jit(init, out_shardings=shardings)(as_argument(seed))

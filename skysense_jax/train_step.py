@@ -290,14 +290,14 @@ class Sides:
         return Side(self.network, params, drops=True)
 
     def look(
-        self, state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+        self, state: TrainState, batch: Batch, seed: UInt32[Array, ""], frozen: Any = None
     ) -> tuple[Inputs, Seen, Targets]:
         """What both networks see of a batch, and what the teacher says of it, and the network of ``frozen`` parameters
         if there is one.
 
-        With the step's number ``key`` (train_state.key_of) gives photometric changes, drop path and positions.
+        ``seed`` and the step's number give photometric changes, drop path and positions.
         """
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         with jax.named_scope("inputs"):  # scopes name the parts of a plan (plan/parts.py)
             inputs = prepare_inputs(
                 batch,
@@ -325,9 +325,9 @@ class Sides:
 
 def make_train_step(
     sides: Sides, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, UInt32[Array, "2"], Any], tuple[TrainState, Metrics]]:
-    """The function (state, batch, key of the run, frozen parameters or None) -> (state, metrics), to be jitted under
-    ``jax.set_mesh`` with the state donated. The key is an argument, so that runs which differ in it share a program.
+) -> Callable[[TrainState, Batch, UInt32[Array, ""], Any], tuple[TrainState, Metrics]]:
+    """The function (state, batch, seed of the run, frozen parameters or None) -> (state, metrics), to be jitted under
+    ``jax.set_mesh`` with the state donated. The seed is an argument, so that runs which differ in it share a program.
 
     Metrics are fp32 scalars; ``loss`` is the weighted sum of the ``loss/...`` terms. A step whose loss or gradient is
     not finite leaves parameters, teacher and optimizer as they were and counts itself.
@@ -335,9 +335,9 @@ def make_train_step(
     objective, schedules = sides.objective, sides.schedules
 
     def train_step(
-        state: TrainState, batch: Batch, key: UInt32[Array, "2"], frozen: Any = None
+        state: TrainState, batch: Batch, seed: UInt32[Array, ""], frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
-        inputs, seen, targets = sides.look(state, batch, key, frozen)
+        inputs, seen, targets = sides.look(state, batch, seed, frozen)
         with jax.named_scope("student"):
             loss, sums, gradient = student_gradient(
                 sides.student, state.student, inputs, targets, objective, microbatches=sides.microbatches

@@ -129,11 +129,11 @@ class Compiled:
 
     def __call__(self, state, element):
         with jax.set_mesh(self.mesh):
-            return jax.device_get(self.step(state, feed.to_device(element, self.mesh), self.run.key, self.frozen))
+            return jax.device_get(self.step(state, feed.to_device(element, self.mesh), self.run.seed, self.frozen))
 
     def lowered_text(self, element):
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.fresh, feed.to_device(element, self.mesh), self.run.key).as_text()
+            return self.step.lower(self.fresh, feed.to_device(element, self.mesh), self.run.seed).as_text()
 
 
 class StopBehind(Stop):

@@ -187,7 +187,7 @@ def test_gradient_of_the_term_beside_another_is_its_gradient_alone(straight, alo
     run, mesh = assembly.assemble(config), alone[0].mesh
     with jax.set_mesh(mesh):
         boxed = train_state.boxed_state(run.network, run.optimizer, alone[0].shapes).student
-        given = alone[1], feed.to_device(alone[2], mesh), run.key, alone[0].frozen
+        given = alone[1], feed.to_device(alone[2], mesh), run.seed, alone[0].frozen
         found = jax.device_get(jax.jit(lambda *given: run.norms(boxed, *given))(*given))["gradient"]
     assert set(found) == {"distil", "text_alignment", "loss"}
     first = metrics.read_json_lines(straight[0] / metrics.FILE_NAME)[0]
@@ -202,15 +202,15 @@ def test_teacher_routes_as_after_its_training(alone):
     step, first, element = alone
     (sides,), network = step.run.norms.args, step.run.frozen.network
 
-    def said(state, batch, key, params):
-        inputs, _, targets = sides.look(state, batch, key, params)
+    def said(state, batch, seed, params):
+        inputs, _, targets = sides.look(state, batch, seed, params)
         ways = [Side(network, params, drops=False, train=train) for train in (False, True)]
         seen = [frozen_sees(side, inputs, objective=sides.objective) for side in ways]
         return targets.frozen.sets, *(distil.standardised(sets) for sets in seen)
 
     with jax.set_mesh(step.mesh):
         got, whole, limited = map(
-            _leaves, jax.jit(said)(first, feed.to_device(element, step.mesh), step.run.key, step.frozen)
+            _leaves, jax.jit(said)(first, feed.to_device(element, step.mesh), step.run.seed, step.frozen)
         )
     for path, value in whole.items():
         np.testing.assert_allclose(got[path], value, atol=1e-3, err_msg=path)
@@ -242,7 +242,7 @@ def test_plan_compares_with_the_formula_of_both_networks(teacher, monkeypatch):
     config = distil_config(teacher)
     run = assembled_once(config)
     whole = assembly.batch_flops(config, run.modalities, run.frozen)
-    step = lambda state, batch, key, frozen: (jax.tree.map(lambda leaf: leaf + 1, state), {})  # noqa: E731
+    step = lambda state, batch, seed, frozen: (jax.tree.map(lambda leaf: leaf + 1, state), {})  # noqa: E731
     monkeypatch.setattr(forecast.assembly, "assemble", lambda *args: dataclasses.replace(run, step=step))
     mesh = sharding.make_mesh(**config.mesh)
     found = dataclasses.replace(forecast.compile_step(config, mesh), flops=3 * whole / mesh.size)

@@ -44,7 +44,7 @@ def test_norms_of_a_step_are_those_of_its_gradient_and_of_its_terms():
     with jax.set_mesh(compiled.mesh):
         boxed = train_state.boxed_state(compiled.run.network, compiled.run.optimizer, compiled.shapes).student
         looked = jax.jit(lambda *of: compiled.run.norms(boxed, *of))(
-            state, feed.to_device(element, compiled.mesh), compiled.run.key
+            state, feed.to_device(element, compiled.mesh), compiled.run.seed
         )
     norms_of = looked["gradient"]
     assert set(norms_of) == {"mgcl", "text_alignment", "balance", "router_z", "loss"}
@@ -73,5 +73,5 @@ def test_network_without_experts_has_no_term_of_routers():
     shapes = assembly.batch_shapes(config, run.modalities)
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):
         boxed = train_state.boxed_state(run.network, run.optimizer, shapes)
-        looked = jax.eval_shape(functools.partial(run.norms, boxed.student), sharding.unbox(boxed), shapes, run.key)
+        looked = jax.eval_shape(functools.partial(run.norms, boxed.student), sharding.unbox(boxed), shapes, run.seed)
     assert set(looked["gradient"]) == {"mgcl", "loss"}

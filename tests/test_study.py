@@ -167,6 +167,16 @@ def test_rows_of_one_config_are_scored_once(tmp_path):
     assert found.keys() == rows.keys()
 
 
+def test_untrained_network_is_scored_without_a_run(tmp_path):
+    trained = Trained()
+    rows = {row: study.ROWS[row] for row in ("losses/all", "losses/untrained")}
+    found = _measure(tmp_path, trained, rows=rows, seeds=2)
+    assert trained.runs == [(4, 0), (4, 1)]
+    assert trained.probes == ["all losses", "untrained"] * 2
+    assert [found[row][1]["steps"] for row in rows] == [300, 0]
+    assert _measure(tmp_path, Trained(kill_at=0), rows=rows) == found
+
+
 def test_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
     begun, go_on, asked = threading.Event(), threading.Event(), []
 

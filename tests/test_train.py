@@ -188,7 +188,7 @@ def test_looks_on_the_way_are_written_and_the_best_probed_checkpoint_stays(strai
     mious = iter([0.1, 0.5, None, 0.2, 0.3, 0.1])
     found = lambda shown, step, teacher: {"osm/miou": next(mious), "osm/accuracy": 0.9}  # noqa: E731
     monkeypatch.setattr(outputs.Outputs, "probe", found)
-    stub = lambda boxed, state, batch, frozen: {"gradient": {"loss": {"a/b": state.step + 0.5}}}  # noqa: E731
+    stub = lambda boxed, state, batch, seed, frozen: {"gradient": {"loss": {"a/b": state.step + 0.5}}}  # noqa: E731
     assemble = lambda config: dataclasses.replace(assembled_once(config), norms=stub)  # noqa: E731
     for stop_after, kept in ((4, [2, 3, 4]), (2, [2, 5, 6])):
         _train(config, tmp_path, monkeypatch, stop_after=stop_after, assemble=assemble)

@@ -79,14 +79,16 @@ def test_step_reports_every_term_and_updates_both_sides(first, sharded):
     assert len(moved) >= len(before) - len(frozen) - 2  # a day or modality that no sample has may stand still
 
 
-def test_step_is_compiled_once(first, sharded, element):
-    del first  # a first step was made: now from a fresh state, and from a state as the step leaves it
+def test_step_is_compiled_once_for_every_seed(first, sharded, element):
+    # a first step was made: now from a fresh state, from a state as the step leaves it, and with another seed
     before, state = sharded.step._cache_size(), sharded.fresh
     with jax.set_mesh(sharded.mesh):
         batch = feed.to_device(element, sharded.mesh)
         for _ in range(2):
-            state, _ = sharded.step(state, batch, sharded.run.key, None)
+            state, _ = sharded.step(state, batch, sharded.run.seed, None)
+        _, metrics = sharded.step(sharded.fresh, batch, train_state.as_argument(2**32 + 1), None)
     assert sharded.step._cache_size() == before == 1
+    assert float(metrics["loss"]) != first[1]["loss"]  # other photometric changes, drop path and positions
 
 
 def test_bfloat16_step_is_near_fp32_and_keeps_fp32_state(first, element):
@@ -120,7 +122,7 @@ def test_step_without_a_term_does_not_report_it(fields, gone):
     without = Compiled(config, jax.devices()[:1])
     with jax.set_mesh(without.mesh):
         state = train_state.boxed_state(without.run.network, without.run.optimizer, without.shapes)
-        _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes, without.run.key)
+        _, metrics = jax.eval_shape(without.run.step, sharding.unbox(state), without.shapes, without.run.seed)
     assert "loss" in metrics
     assert gone not in metrics
 

@@ -414,16 +414,16 @@ class PatchMerging(nn.Module):
 class Stage(nn.Module):
     """The transition into a stage, its blocks, and the prompts that tell global blocks which sensor they look at."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, prompts: Mapping[str, Tensor]):
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, prompts: Mapping[str, Tensor] | None):
         super().__init__()
         self.gradient_checkpointing = False
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
-        self.prompts = nn.ParameterDict(prompts)
+        self.is_global, self.prompts = prompts is not None, nn.ParameterDict(prompts or {})
 
     def forward(self, x: Tensor, valid: Tensor | None, modality: Modality, cells: tuple[int, int]) -> Tensor:
         """The map [N P Q D] after the blocks, among its ``valid`` tokens [N P Q]; ``cells`` as in ``rotation``."""
-        if isinstance(self.blocks[0], SwinBlock):
+        if not self.is_global:
             return run(self.blocks, x, valid, checkpointing=self.gradient_checkpointing)
         prompts = self.prompts[modality.name] if self.prompts else x.new_zeros(0, x.shape[-1])
         turn = rotation(x.shape[1:3], cells, len(prompts), self.blocks[0].attn.attn.head_dim, x.device)
@@ -525,7 +525,7 @@ class SkySenseV2(nn.Module):
                 Stage(
                     blocks,
                     PatchMerging(widths[stage - 1], keeping) if stage else None,
-                    {name: small_normal(prompts, dim) for name in self.modalities if stage > 1 and prompts},
+                    {name: small_normal(prompts, dim) for name in self.modalities if prompts} if stage > 1 else None,
                 )
             )
         fusion = config["fusion"]

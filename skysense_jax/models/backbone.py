@@ -107,10 +107,10 @@ class Backbone(nn.Module):
             self._add_segments(stage)
 
     def _prompts(self, stage: int, width: int) -> dict[str, Any]:
-        """Of each modality. None are no parameter: checkpoints take no empty array."""
         shape, init = (self.num_prompts, width), partitioned(VECTOR_INIT, UNSHARDED, EMBED)
-        draw = lambda m: self.param(f"stage{stage}_{m.name}_prompts", init, shape)  # noqa: E731
-        return {m.name: draw(m) if self.num_prompts else jnp.zeros(shape) for m in self.modalities}
+        if not self.num_prompts:
+            return {m.name: jnp.zeros(shape) for m in self.modalities}  # checkpoints take no empty parameter
+        return {m.name: self.param(f"stage{stage}_{m.name}_prompts", init, shape) for m in self.modalities}
 
     def _add_segments(self, stage: int):
         """The dense and the mixture blocks of stage 3 or 4, each one block whose parameters the scan stacks."""

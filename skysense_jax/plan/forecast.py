@@ -197,7 +197,7 @@ def compile_step(
         step = train_state.jit_step(run.step, boxed, mesh)
         frozen = None if run.frozen is None else run.frozen.abstract(mesh)
         state, batch = train_state.abstract_state(boxed, mesh), train_state.abstract_batch(shapes, mesh)
-        traced = step.trace(state, batch, run.key, frozen)
+        traced = step.trace(state, batch, run.seed, frozen)
         stage("traced")
         lowered = traced.lower()
         stage("lowered")

@@ -24,10 +24,6 @@ KNN, LINEAR = PROTOCOLS = ("knn", "linear")
 _NO_CELL = f"no cell to train on: none is usable and labelled on {probes.MIN_LABELLED_SHARE:.0%} of its pixels"
 
 
-class NothingToFitError(ValueError):
-    """No training example has anything usable and labelled: found behind reading, so by every process alike."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Cells:
     """The cells of one example: their features, and where at least one modality and date was usable."""
@@ -116,7 +112,7 @@ def evaluate_cells(
 
     Raises:
       ValueError: k nearest neighbours of several classes an image.
-      NothingToFitError: nothing usable to train on.
+      linear.NothingToFitError: nothing usable to train on, or of one class only.
     """
     if train.kind == MULTI_LABEL and KNN in protocols:
         raise ValueError(f"--protocol: {KNN} gives one class an image; wanted {LINEAR} for {MULTI_LABEL}")
@@ -224,5 +220,5 @@ def _training_cells(
         groups.append(np.full(len(rows), images.setdefault(example.image, len(images))))
     found = np.concatenate(targets)
     if not len(found):
-        raise NothingToFitError(f"--dataset: {_NO_CELL}")
+        raise linear.NothingToFitError(f"--dataset: {_NO_CELL}")
     return np.concatenate(features), found, np.concatenate(groups)

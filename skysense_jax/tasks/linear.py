@@ -24,6 +24,10 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 _fit = functools.partial(fit_logistic, tolerance=1e-4)
 
 
+class NothingToFitError(ValueError):
+    """What is usable and labelled has one class or none: found behind reading, by every process that read the same."""
+
+
 def _held_out(groups: Int[np.ndarray, " N"], seed: int) -> Bool[np.ndarray, " N"]:
     """A quarter of the groups (images), drawn; none of a single one."""
     known = np.unique(groups)
@@ -46,10 +50,10 @@ def fit(
     mean IoU of classes; then all is fitted on.
 
     Raises:
-      ValueError: one class only.
+      NothingToFitError: one class only.
     """
     if len(np.unique(y)) < 2:
-        raise ValueError(f"--dataset: all that is trained on has class {int(y[0])}; wanted two classes or more")
+        raise NothingToFitError(f"--dataset: all that is trained on has class {int(y[0])}; wanted two classes or more")
     held = _held_out(groups, seed)
     choice = DEFAULT
     if held.any() and len(np.unique(y[~held])) > 1:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from skysense_jax.eval.features import read_whole
 from skysense_jax.eval.probes import MAX_CELLS
-from skysense_jax.tasks import evaluate, folders, frozen
+from skysense_jax.tasks import evaluate, folders, frozen, linear
 from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, SEGMENTATION, Examples
 from skysense_jax.tasks.loading import Model
 
@@ -69,7 +69,7 @@ class Probed:
         try:
             found = frozen.evaluate(model, self.train, self.test, self.options, protocols=protocols)
         except (ValueError, OSError) as error:
-            if jax.process_count() > 1 and not isinstance(error, frozen.NothingToFitError):
+            if jax.process_count() > 1 and not isinstance(error, linear.NothingToFitError):
                 raise  # the others may wait for this one
             logging.error("%s: %r was not probed: %s", FIELD, self.name, error)
             return {}

@@ -45,7 +45,7 @@ def _steps(run):
 def test_run_in_a_bucket_stops_goes_on_and_is_exported_as_one_in_a_directory(run, tmp_path, monkeypatch):
     config = get_config()
     config.run.update(checkpoint_every_steps=2, keep_last=2, tensorboard=True, norms_every_steps=1)
-    norms = lambda boxed, state, batch, frozen: {"gradient": {"loss": {"a": 1.0 * state.step}}}  # noqa: E731
+    norms = lambda boxed, state, batch, seed, frozen: {"gradient": {"loss": {"a": 1.0 * state.step}}}  # noqa: E731
     monkeypatch.setattr(train, "assemble", lambda config: dataclasses.replace(assembled_once(config), norms=norms))
     monkeypatch.setattr(train, "create_state", created_once)
     with monkeypatch.context() as patch:

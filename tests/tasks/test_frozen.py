@@ -271,5 +271,8 @@ def test_multi_label_images_and_what_is_refused(stand_in):
         _run(stand_in, several(4), several(2), "knn")
     train = _map_examples(rng, 3)
     blind = [dataclasses.replace(e, before=Carrier("x", e.before.features, np.zeros((4, 4), bool))) for e in train]
-    with pytest.raises(ValueError, match="no cell to train on"):
+    with pytest.raises(linear.NothingToFitError, match="no cell to train on"):
         _run(stand_in, dataclasses.replace(train, examples=blind), train, "linear")
+    flat = [dataclasses.replace(e, target=np.zeros_like(e.target)) for e in train]
+    with pytest.raises(linear.NothingToFitError, match="all that is trained on has class 0"):
+        _run(stand_in, dataclasses.replace(train, examples=flat), train, "linear")

@@ -12,7 +12,7 @@ from micro import task_config
 from skysense_jax import assembly, outputs
 from skysense_jax.assembly import make_pipeline
 from skysense_jax.eval.probes import MAX_CELLS
-from skysense_jax.tasks import evaluate, frozen, loading, probing
+from skysense_jax.tasks import evaluate, frozen, linear, loading, probing
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_processes_of_which_one_cannot_read_a_dataset_any_more_all_go_on_without
 def test_processes_that_find_nothing_to_fit_all_go_on_and_another_error_ends_them(run, folder, monkeypatch, errors):
     (probed,) = outputs.read_labelled(_config(("kinds", f"bigearthnet:{folder}", "")), run)
     _several(monkeypatch, [None, None])
-    monkeypatch.setattr(frozen, "evaluate", mock.Mock(side_effect=frozen.NothingToFitError("no cell")))
+    monkeypatch.setattr(frozen, "evaluate", mock.Mock(side_effect=linear.NothingToFitError("no cell")))
     assert probed.scores(None) == {}
     assert "'kinds' was not probed: no cell" in errors[0]
     monkeypatch.setattr(frozen, "evaluate", mock.Mock(side_effect=ValueError("half a record")))
