@@ -39,7 +39,7 @@ def test_every_row_is_a_config_that_is_taken_and_differs_from_its_questions_firs
         for row, variant in rows.items():
             config = study.applied(tiny.get_config(), variant.fields)
             config_lib.validate(config, num_devices=4)
-            texts.add((config_lib.flat_text(config), variant.reads))
+            texts.add((config_lib.flat_text(config), variant.reads, variant.trained))
             assert set(variant.reads) <= set(config.data.modalities), f"{question}/{row}"
         assert len(texts) == len(rows), question
 
