@@ -5,7 +5,7 @@
 Rows: raw bands of the 3x3 neighbourhood, the network untrained and the run's teacher, each under a linear classifier
 and k nearest neighbours; the same network trained on the labels alone, from scratch; and the teacher fine-tuned in the
 same way. Runs, labels that are drawn and weights from scratch change with the seed; scenes to test on do not. Every
-figure is stored under --out as soon as it is there. Results: benchmarks/results.md (one seed).
+figure is stored under --out as soon as it is there. Results: benchmarks/results.md.
 """
 
 import argparse

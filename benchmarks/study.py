@@ -8,9 +8,9 @@ Several processes may share an --out, each with --only of its own.
 
 Every figure is stored under --out as soon as it is there, and the same run answers every question that it stands in.
 Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
-the label classes and the mean over all tasks, with 95 % t-intervals over seeds, and the difference from the question's
-first row, seed by seed. --json writes all raw figures into one file, --picture draws them.
-Run with one seed: results.md and study.json. How to read it: docs/evaluation.md.
+the label classes and the mean over all tasks, of nearest neighbours too, with 95 % t-intervals over seeds, and the
+differences from the question's first row, seed by seed. --json writes all raw figures into one file, --picture draws
+them. What was run, 1 to 3 seeds: results.md and study.json. How to read it: docs/evaluation.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from skysense_jax.sharding import unbox
 
 PROBE_SCENES = dict(num_train_scenes=96, num_test_scenes=96)
 SECTIONS = ("data", "model", "objective", "optim", "eval")  # of a config, what a figure depends on
-MEASURES = {"labels": f"{probes.LABELS} mIoU", "mean": "mean mIoU"}
+MEASURES = {"labels": f"{probes.LABELS} mIoU", "mean": "mean mIoU", "neighbours": "neighbours' mean mIoU"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +295,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def measures(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Of one row and seed: mIoU of the label classes, and its mean over the tasks that had something to tell apart."""
-    of_tasks = [figures["scores"][f"{task}/miou"] for task in (probes.LABELS, *scenes.ATTRIBUTES)]
-    scores = np.array([math.nan if score is None else score for score in of_tasks])
-    return {"labels": float(scores[0]), "mean": float(np.nanmean(scores))}
+    """Of one row and seed: mIoU of the label classes, and the mean over the tasks that had something to tell apart, of
+    the linear probe and of nearest neighbours."""
+    scores, tasks = figures["scores"], (probes.LABELS, *scenes.ATTRIBUTES)
+    mean = lambda kind: float(np.mean([x for task in tasks if (x := scores[f"{task}/{kind}"]) is not None]))  # noqa: E731
+    labels = scores[f"{probes.LABELS}/miou"]
+    return {"labels": math.nan if labels is None else labels, "mean": mean("miou"), "neighbours": mean("knn_miou")}
 
 
 def lines_of(

@@ -94,7 +94,8 @@ class Trained:
 
     def score(self, config, workdir, variant):
         self.probes.append(variant.title)
-        return {f"{task}/miou": 0.1 * config.optim.seed + 0.01 * i for i, task in enumerate(TASKS)}
+        scores = {task: 0.1 * config.optim.seed + 0.01 * i for i, task in enumerate(TASKS)}
+        return {f"{task}/{kind}": score for task, score in scores.items() for kind in ("miou", "knn_miou")}
 
 
 def _measure(tmp_path, trained, *, config=None, rows=None, **given):
@@ -226,6 +227,7 @@ def _figures(*seeds, parameters=2000):
     made = {}
     for seed, value in enumerate(seeds):
         scores = {f"{task}/miou": 2 * value for task in TASKS} | {"osm/miou": value, f"{TASKS[-1]}/miou": None}
+        scores |= {f"{task}/knn_miou": value / 2 for task in TASKS}
         made[seed] = {"scores": scores, "steps": 300, "parameters": parameters}
     return made
 
@@ -251,7 +253,7 @@ def test_table_pairs_differences_by_seed_and_says_what_was_not_run():
     mean = 100 * 0.30 * (1 + 2 * (count - 1)) / count
     apart = -100 * 0.02 * (1 + 2 * (count - 1)) / count
     assert f"| L_MGCL left out | 1,999 | {30.0} ± 25.4 | {mean:.1f} ± " in text
-    assert f"| -2.0 ± 0.0 | {apart:.1f} ± 0.0 | 2 |" in text
+    assert f"| -2.0 ± 0.0 | {apart:.1f} ± 0.0 | -1.0 ± 0.0 | 2 |" in text
     assert "| all losses | 2,000 | 33.0 ± 6.6 |" in text
     assert "| L_QSACL left out | not run |" in text
     assert "| no prompts | 2,000 | 20.0 | " in text  # no interval, and no difference from a row that was not run
@@ -311,7 +313,7 @@ def test_distilled_row_learns_from_its_own_seeds_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(study.learning, "train", train)
     config = study.study_config("configs/tiny.py", steps=50)
     runs = distil.Runs("configs/tiny.py", tmp_path, tmp_path / "records")
-    score = lambda *args: {f"{task}/miou": 0.5 for task in TASKS}  # noqa: E731
+    score = lambda *args: {f"{task}/{kind}": 0.5 for task in TASKS for kind in ("miou", "knn_miou")}  # noqa: E731
     rows = {row: distil.ROWS[row] for row in ("distillation/distilled", "distillation/teacher")}
     found = study.measure(rows, config, seeds=2, store=study.Store(tmp_path), train=runs.train, score=score)
     assert [fields["optim.seed"] for _, _, fields in asked] == [0, 0, 1, 1]  # teachers are trained once
