@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="of every run; 0: the config's")
+    parser.add_argument("--steps", type=int, default=study.NUM_STEPS, help=f"of every run ({study.NUM_STEPS})")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run begins later than this")
     args = parser.parse_args()
     until, out = time.monotonic() + 60 * args.minutes, args.out.resolve()

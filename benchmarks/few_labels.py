@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
     parser.add_argument("--config", default="configs/tiny.py")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="of every run; 0: the config's")
+    parser.add_argument("--steps", type=int, default=study.NUM_STEPS, help=f"of every run ({study.NUM_STEPS})")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no figure is begun later than this")
     parser.add_argument("--only", action="append", choices=tuple(ROWS), help="rows (may be repeated)")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ from skysense_jax.tasks import frozen
 def config(monkeypatch):
     monkeypatch.setattr(few_labels, "NUM_TRAIN", 10)
     monkeypatch.setattr(few_labels, "NUM_TEST", 2)
-    config = study.study_config("configs/tiny.py", steps=0)
+    config = study.study_config("configs/tiny.py", steps=300)
     config.data.scenes.extent_cells = 6
     return config
 

@@ -16,7 +16,7 @@ from skysense_jax.eval.scores import IGNORED
 SCENE, MULTI_LABEL, SEGMENTATION, CHANGE = KINDS = ("scene", "multi_label", "segmentation", "change")
 MAPS = (SEGMENTATION, CHANGE)  # kinds whose target is a map
 _PART = "#"  # between the name of an image and the place of a part of it
-_KEPT_OPEN = 4  # samples; each may be 100 MB
+IMAGES_AT_ONCE = 4  # of which parts are read in turns: what reads files keeps as many, each may be 100 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,26 @@ class Examples(Sequence):
     def __iter__(self) -> Iterator[Example]:
         return (self.examples[i] for i in range(len(self.examples)))
 
+    @functools.cached_property
+    def images(self) -> tuple[tuple[int, ...], ...]:
+        """Of each image the places of its parts in order; no pixel and no target is read for it."""
+        name = self.examples.image if isinstance(self.examples, Lazy) else lambda i: self.examples[i].image
+        found: dict[str, list[int]] = {}
+        for i in range(len(self)):
+            found.setdefault(name(i), []).append(i)
+        return tuple(map(tuple, found.values()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Lazy(Sequence):
-    """A sequence of ``length`` things of which ``make(index)`` gives one, every time that it is asked for."""
+    """A sequence of ``length`` examples of which ``make(index)`` gives one, every time that it is asked for.
+
+    ``image(index)`` names the image that it is a part of, without making it.
+    """
 
     length: int
     make: Callable[[int], Example]
+    image: Callable[[int], str]
 
     def __len__(self) -> int:
         return self.length
@@ -103,7 +116,7 @@ class Deferred:
         return _opened(self).labels_window(row, column, side)
 
 
-@functools.lru_cache(maxsize=_KEPT_OPEN)
+@functools.lru_cache(maxsize=IMAGES_AT_ONCE)
 def _opened(deferred: Deferred) -> SampleReader:
     return deferred.open()
 
@@ -195,17 +208,17 @@ def split_shares(examples: Examples, share: float, *, seed: int) -> tuple[Exampl
             groups.setdefault(int(example.target), []).append(i)
         units = [[[i] for i in members] for _, members in sorted(groups.items())]
     else:
-        images: dict[str, list[int]] = {}
-        for i, example in enumerate(examples):
-            images.setdefault(example.image, []).append(i)
-        units = [list(images.values())]
+        units = [list(examples.images)]
     chosen: set[int] = set()
     for number, members in enumerate(units):
         order = np.random.default_rng((seed, number)).permutation(len(members))
         for place in order[: max(1, round(share * len(members)))]:
             chosen.update(members[place])
-    pick = lambda indices: dataclasses.replace(  # noqa: E731
-        examples, examples=Lazy(len(indices), lambda i: examples[indices[i]])
-    )
+    names = {i: str(number) for number, members in enumerate(examples.images) for i in members}
+
+    def pick(indices: list[int]) -> Examples:
+        picked = Lazy(len(indices), lambda i: examples[indices[i]], lambda i: names[indices[i]])
+        return Examples(picked, examples.classes, examples.kind)
+
     everything = range(len(examples))
     return pick([i for i in everything if i in chosen]), pick([i for i in everything if i not in chosen])

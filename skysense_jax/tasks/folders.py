@@ -206,7 +206,8 @@ def _examples(found: Sequence[Image], card: Card, classes: tuple[str, ...], *, t
         places += [(image, window, tuple(parts[:i])) for i, window in enumerate(parts)]
     if card.kind == SCENE:
         return Examples([_scene(image, window, card, classes) for image, window, _ in places], classes, card.kind)
-    return Examples(Lazy(len(places), lambda i: _map(*places[i], card)), classes, card.kind)
+    parts = Lazy(len(places), lambda i: _map(*places[i], card), lambda i: places[i][0].name)
+    return Examples(parts, classes, card.kind)
 
 
 def _check_sizes(image: Image, shape: tuple[int, int], card: Card) -> None:

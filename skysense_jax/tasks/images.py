@@ -24,6 +24,7 @@ from skysense_jax.eval.scores import IGNORED
 from skysense_jax.ingest.tfds_sets import SETS, Options
 from skysense_jax.modalities import METRES_PER_CELL, Modality
 from skysense_jax.tasks.cards import RGB, Card, Source
+from skysense_jax.tasks.examples import IMAGES_AT_ONCE
 
 _TIFF = (".tif", ".tiff")
 _EPSILON = 1e-6
@@ -172,7 +173,7 @@ def _band(name: str) -> str:
     return re.sub(r"^B0(?=\d)", "B", name)
 
 
-@functools.lru_cache(maxsize=2)  # the parts of an image are asked for one after the other
+@functools.lru_cache(maxsize=2 * IMAGES_AT_ONCE)  # of two dates
 def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
     """An 8-bit picture as RGB; raises ValueError if it is none."""
     try:
@@ -184,7 +185,7 @@ def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
         raise ValueError(f"--dataset: {path} cannot be read as a picture: {error}") from error
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2 * IMAGES_AT_ONCE)
 def _read_stack(paths: tuple[pathlib.Path, ...]) -> Shaped[np.ndarray, "T H W C"]:
     """The numbers of a file, or of a file a band."""
     if paths[0].suffix == ".npy":
@@ -232,7 +233,7 @@ def shape_of(path: pathlib.Path) -> tuple[int, int]:
 # ---- labels
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=IMAGES_AT_ONCE)
 def read_labels(path: pathlib.Path, card: "CardLabels") -> UInt8[np.ndarray, "H W"]:
     """The class ids of a label file, IGNORED where there is none.
 
@@ -240,8 +241,9 @@ def read_labels(path: pathlib.Path, card: "CardLabels") -> UInt8[np.ndarray, "H 
       ValueError: the file cannot be read, or holds a number or colour that the card does not know.
     """
     if card.colours:
-        colours = read_picture(path).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-        table = {(r << 16) + (g << 8) + b: number for (r, g, b), number in card.colours}
+        picture = read_picture.__wrapped__(path)  # not kept: its ids are
+        colours = np.pad(picture, ((0, 0), (0, 0), (0, 1))).view("<u4")[..., 0]
+        table = {r + (g << 8) + (b << 16): number for (r, g, b), number in card.colours}
         return _mapped(colours, table, path, "colour")
     if path.suffix == ".npy":
         array = np.asarray(_load(path))
@@ -256,7 +258,7 @@ def read_labels(path: pathlib.Path, card: "CardLabels") -> UInt8[np.ndarray, "H 
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"--dataset: {path} cannot be read as a label map: {error}") from error
     table = dict(card.values) or {number: number for number in (*range(card.num_classes), IGNORED)}
-    return _mapped(raw.astype(np.int64), table, path, "number")
+    return _mapped(raw, table, path, "number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,15 +275,17 @@ class CardLabels:
 
 
 def _mapped(raw: np.ndarray, table: Mapping[int, int], path: pathlib.Path, what: str) -> UInt8[np.ndarray, "H W"]:
-    found, places = np.unique(raw, return_inverse=True)
-    unknown = [int(value) for value in found if int(value) not in table]
-    if unknown:
-        as_colour = lambda v: f"({v >> 16},{v >> 8 & 255},{v & 255})"  # noqa: E731
-        told = [as_colour(v) if what == "colour" else str(v) for v in unknown]
+    found = np.unique(raw)
+    if unknown := [value for value in found if value not in table]:
+        as_colour = lambda v: f"({v & 255},{v >> 8 & 255},{v >> 16})"  # noqa: E731
+        told = [as_colour(v) if what == "colour" else f"{v}" for v in unknown[:5]]
         raise ValueError(
-            f"--dataset: {path}: the {what} {', '.join(told[:5])} has no class; the card knows {len(table)} of them"
+            f"--dataset: {path}: the {what} {', '.join(told)} has no class; the card knows {len(table)} of them"
         )
-    return np.array([table[int(value)] for value in found], np.uint8)[places.reshape(raw.shape)]
+    ids = np.zeros(raw.shape, np.uint8)
+    for value in found:  # sooner done than the inverse of np.unique
+        ids[raw == value] = table[value]
+    return ids
 
 
 def label_window(labels: UInt8[np.ndarray, "H H"], window: Window, *, pixel_m: float) -> UInt8[np.ndarray, "_ _"]:

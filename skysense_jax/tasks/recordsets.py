@@ -109,7 +109,7 @@ def _maps(files: Sequence[pathlib.Path], rows: Sequence[Modality], labels: Label
         ids = record.labels_window(0, 0, record.extent_cells)
         return Example(record.id, record, None, np.where(ids == 0, IGNORED, ids - 1).astype(np.uint8))
 
-    return Examples(Lazy(len(labelled), make), labels.classes, SEGMENTATION)
+    return Examples(Lazy(len(labelled), make, image=str), labels.classes, SEGMENTATION)
 
 
 def _scenes(

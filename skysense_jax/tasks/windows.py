@@ -14,7 +14,7 @@ import numpy as np
 from skysense_jax.eval.features import read_whole
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
-from skysense_jax.tasks.examples import MAPS, Example, Examples, Part
+from skysense_jax.tasks.examples import IMAGES_AT_ONCE, MAPS, Example, Examples, Part
 
 Element = dict[str, Any]
 _SPATIAL = ("images", "token_valid", "cell_usable")  # rows and columns are their axes 2 and 3
@@ -81,6 +81,14 @@ def stack(elements: Sequence[Element]) -> Element:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
 
 
+def epoch_order(examples: Examples, rng: np.random.Generator) -> np.ndarray:
+    """Every example once: images in a drawn order, the parts of a few at a time mixed, since to read a part of a
+    picture is to decode all of it. Of images of one part each it is any order."""
+    images = [examples.images[i] for i in rng.permutation(len(examples.images))]
+    groups = (images[i : i + IMAGES_AT_ONCE] for i in range(0, len(images), IMAGES_AT_ONCE))
+    return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
+
+
 def training_batches(
     examples: Examples, rows: Sequence[Modality], *, batch_size: int, num_steps: int, seed: int, **window: Any
 ) -> Iterator[Element]:
@@ -90,7 +98,7 @@ def training_batches(
     seed and n alone.
     """
     order_of = functools.lru_cache(maxsize=2)(
-        lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(len(examples))
+        lambda epoch: epoch_order(examples, np.random.default_rng((seed, 0, epoch)))
     )
     for step in range(num_steps):
         elements = []

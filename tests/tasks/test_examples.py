@@ -30,7 +30,7 @@ def _scenes(counts):
 def _maps(targets, *, classes=("a", "b"), cells=2, kind="segmentation", names=None):
     names = names or [str(i) for i in range(len(targets))]
     make = lambda i: Example(names[i], Place("x", cells), None, targets[i])  # noqa: E731
-    return Examples(Lazy(len(targets), make), classes, kind)
+    return Examples(Lazy(len(targets), make, lambda i: names[i].partition("#")[0]), classes, kind)
 
 
 def test_share_of_scenes_is_that_of_each_class_and_at_least_one():
@@ -55,6 +55,17 @@ def test_share_of_maps_is_that_of_images_with_all_their_parts():
     assert sorted(e.id for part in (kept, rest) for e in part) == sorted(names)
     with pytest.raises(ValueError, match=r"share 1\.5; wanted above 0, at most 1"):
         take_share(examples, 1.5, seed=0)
+
+
+def test_images_are_known_without_making_an_example():
+    names = [part_name(name, 0, i) for i, name in enumerate("abcab")]
+    examples = _maps([np.zeros((4, 4), np.uint8)] * 5, names=names)
+    kept, _ = split_shares(examples, 0.67, seed=0)
+    wanted = [[e.id for e in kept if e.image == name] for name in sorted({e.image for e in kept})]
+    assert len(wanted) == 2
+    unread = Examples(Lazy(5, pytest.fail, examples.examples.image), ("a", "b"), "segmentation")
+    assert unread.images == ((0, 3), (1, 4), (2,))
+    assert [[kept[i].id for i in places] for places in kept.images] == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from PIL import Image
 
 from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES
-from skysense_jax.tasks import cards, folders, images
+from skysense_jax.tasks import cards, folders, images, windows
 from skysense_jax.tasks.cards import CARDS
-from skysense_jax.tasks.examples import IGNORED, check
+from skysense_jax.tasks.examples import IGNORED, IMAGES_AT_ONCE, check
 
 HR, S2, S1 = ({name: MODALITIES[name]} for name in ("hr", "s2", "s1"))
 L1C = {"s2_l1c": S2_L1C}
@@ -69,6 +69,20 @@ def test_class_folders_in_splits_with_deeper_folders_as_fmow_has_them(tmp_path):
     order = [cards._S2_L1C.index(band) for band in S2_L1C.bands]
     with images._opened(tmp_path / "train/zoo/zoo_0/zoo_0_0.tif") as file:
         np.testing.assert_array_equal(pixels, np.moveaxis(file.read(), 0, -1)[1:12][..., order])
+
+
+def test_epoch_of_windows_decodes_each_picture_and_label_once(tmp_path):
+    names = CARDS["potsdam"].members["train"][: 3 * IMAGES_AT_ONCE]
+    made_folders.potsdam(tmp_path, (*names, "7_13"), side=(70, 96))
+    train = _read(tmp_path, CARDS["potsdam"], HR, tile_cells=1)["train"]
+    assert len(train) == 9 * len(names)
+    for cache in (images.read_picture, images.read_labels):
+        cache.cache_clear()
+    how = dict(num_dates={"hr": 1}, cells=1, per_cell=32)
+    batches = windows.training_batches(train, (HR["hr"],), batch_size=9, num_steps=len(names), seed=0, **how)
+    assert len([batch["target"].shape for batch in batches]) == len(names)
+    assert images.read_picture.cache_info().misses == len(names)
+    assert images.read_labels.cache_info().misses == len(names)
 
 
 def test_pictures_with_label_maps_are_cut_into_parts_that_cover_each_pixel_once(tmp_path):
@@ -222,9 +236,10 @@ def test_labels_out_of_range_are_refused(tmp_path):
     odd = np.full((70, 96, 3), (1, 2, 3), np.uint8)
     made_folders.picture(tmp_path / "potsdam/5_Labels_all/top_potsdam_3_11_label.tif", odd)
     _refused(tmp_path / "potsdam", CARDS["potsdam"], HR, r"the colour \(1,2,3\) has no class")
+    made_folders.own_maps(tmp_path / "none")
     for i in range(3):
-        made_folders.geotiff(tmp_path / f"maps/labels/{i}.tif", np.full((12, 12, 1), 255, np.uint8))
-    _refused(tmp_path / "maps", cards.read(tmp_path / "maps/card.json"), S2, "train has no label")
+        made_folders.geotiff(tmp_path / f"none/labels/{i}.tif", np.full((12, 12, 1), 255, np.uint8))
+    _refused(tmp_path / "none", cards.read(tmp_path / "none/card.json"), S2, "train has no label")
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):

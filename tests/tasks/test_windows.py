@@ -6,7 +6,7 @@ import pytest
 from skysense_jax.data.sample import Sample, Series
 from skysense_jax.modalities import select
 from skysense_jax.tasks import windows
-from skysense_jax.tasks.examples import CHANGE, IGNORED, SCENE, SEGMENTATION, Example, Examples
+from skysense_jax.tasks.examples import CHANGE, IGNORED, IMAGES_AT_ONCE, SCENE, SEGMENTATION, Example, Examples, Lazy
 
 HR, S2 = select(("hr", "s2"))
 NUM_DATES = dict(hr=1, s2=2)
@@ -108,3 +108,25 @@ def test_batches_see_every_example_once_an_epoch_and_depend_on_the_seed_alone():
     assert any((a["images"]["s2"] != b["images"]["s2"]).any() for a, b in zip(first, other))
     (longer,) = windows.training_batches(examples, (HR, S2), num_steps=1, seed=1, **{**how, "batch_size": 4})
     np.testing.assert_array_equal(longer["images"]["s2"][2:], first[1]["images"]["s2"])
+
+
+def test_parts_of_a_few_images_at_a_time_are_mixed_and_whole_images_come_in_any_order():
+    of_image = np.repeat(np.arange(10), [5, 3, 9, 1, 4, 4, 6, 2, 5, 7])
+    examples = Examples(Lazy(len(of_image), pytest.fail, lambda i: str(of_image[i])), ("a", "b"), SEGMENTATION)
+    orders = [windows.epoch_order(examples, np.random.default_rng(seed)) for seed in range(8)]
+    groups = []
+    for order in orders:
+        assert sorted(order) == list(range(len(of_image)))
+        seen = [int(image) for image in of_image[order]]
+        first, last = (
+            {image: at(image) for image in set(seen)} for at in (seen.index, lambda i: 45 - seen[::-1].index(i))
+        )
+        begun = sorted(first, key=first.get)
+        # never more open than may be, and not one after the other
+        open_at = [sum(first[i] <= place <= last[i] for i in begun) for place in range(len(seen))]
+        assert 2 < max(open_at) <= IMAGES_AT_ONCE
+        groups.append(frozenset(begun[:IMAGES_AT_ONCE]))
+    assert len(set(groups)) > 4
+    whole = Examples(Lazy(50, pytest.fail, str), ("a", "b"), SEGMENTATION)
+    places = np.array([np.argsort(windows.epoch_order(whole, np.random.default_rng(seed))) for seed in range(200)])
+    assert abs(np.corrcoef(places.T)[np.triu_indices(50, 1)]).max() < 0.35  # neighbours are not kept together
