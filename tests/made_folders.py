@@ -12,6 +12,7 @@ from PIL import Image
 
 from skysense_jax.data import scenes
 from skysense_jax.data.records import ShardWriter, encode_sample
+from skysense_jax.data.sample import Series
 from skysense_jax.modalities import MODALITIES
 
 S2 = MODALITIES["s2"].bands
@@ -144,18 +145,23 @@ def own_maps(root: pathlib.Path, *, side=12, each=3) -> pathlib.Path:
 
 
 def labelled_records(folder: pathlib.Path, *, splits=("train", "test"), each=4) -> pathlib.Path:
-    """Scenes with label maps, of which the index says that odd ones are wet and every third is dark too."""
+    """Scenes with label maps and one date of s1, of which the index says that odd ones are wet and every third is dark
+    too."""
     folder.mkdir()
     rows, index = [MODALITIES[name] for name in ("s2", "s1")], []
     for part, split in enumerate(splits):
         with ShardWriter(folder / f"{split}-00000-of-00001.array_record") as writer:
             for i in range(each):
                 drawn = scenes.render(100 * part + i, seed=2, extent_cells=6, modalities=("s2", "s1"), complete=True)
-                sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}")
+                fields = dataclasses.asdict(drawn.sample.series["s1"]).items()
+                s1 = {name: x[:1] if isinstance(x, np.ndarray) else x for name, x in fields}
+                series = {**drawn.sample.series, "s1": Series(**s1)}
+                sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}", series=series)
                 writer.write(encode_sample(sample, rows))
                 names = ["wet" if i % 2 else "dry"] + ["dark"] * (i % 3 == 0)
                 shard = f"{split}-00000-of-00001"
-                index.append(dict(id=sample.id, shard=shard, record=i, scene_classes=names))
+                dates = {f"dates_{name}": len(of.days) for name, of in series.items()}
+                index.append(dict(id=sample.id, shard=shard, record=i, scene_classes=names, **dates))
     pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
     (folder / "modalities.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
     return folder

@@ -24,8 +24,12 @@ class RecordError(ValueError):
     """A sample or record that cannot be used, with the reason."""
 
 
-def validate_sample(sample: Sample, modalities: Sequence[Modality], labels: LabelMap = OSM) -> None:
+def validate_sample(
+    sample: Sample, modalities: Sequence[Modality], labels: LabelMap = OSM, *, of_whole: bool = True
+) -> None:
     """Nothing; returns only if the sample is what its modalities' rows, and its label map's classes, promise.
+
+    ``of_whole``: False for a part of a larger image, which may have no valid pixel, or means that no image has.
 
     Raises:
       RecordError: with what was got, what was wanted, and where.
@@ -41,18 +45,18 @@ def validate_sample(sample: Sample, modalities: Sequence[Modality], labels: Labe
     if unknown:
         raise RecordError(f"{where}: modalities {unknown} have no row in the table; known: {sorted(table)}")
     for name, series in sample.series.items():
-        check_series(series, table[name], sample.extent_cells, f"{where}, modality {name!r}")
-    if not any(series.valid.any() for series in sample.series.values()):
+        check_series(series, table[name], sample.extent_cells, f"{where}, modality {name!r}", of_whole=of_whole)
+    if of_whole and not any(series.valid.any() for series in sample.series.values()):
         raise RecordError(f"{where}: no modality has a valid pixel (modalities: {sorted(sample.series)})")
     if sample.labels is not None:
         _check_labels(sample.labels, sample.extent_cells, labels, where)
 
 
-def check_series(series: Series, modality: Modality, extent_cells: int, where: str) -> None:
-    """Nothing; returns only if the series is what its row promises; raises RecordError."""
+def check_series(series: Series, modality: Modality, extent_cells: int, where: str, *, of_whole: bool = True) -> None:
+    """Nothing; returns only if the series is what its row promises; ``of_whole`` as above; raises RecordError."""
     _check_shapes(series, modality, extent_cells, where)
     _check_dates(series, where)
-    _check_values(series, modality, where)
+    _check_values(series, modality, where, of_whole=of_whole)
 
 
 def check_range(
@@ -126,7 +130,7 @@ def _check_dates(series, where: str) -> None:
         raise RecordError(f"{where}: native_gsd_m {series.native_gsd_m}; wanted metres above 0")
 
 
-def _check_values(series, modality: Modality, where: str) -> None:
+def _check_values(series, modality: Modality, where: str, *, of_whole: bool) -> None:
     """Finite, in a plausible unit, of the right type, in range: in that order, so that the message names the cause."""
     images = series.images
     if images.dtype.kind not in "uif":
@@ -141,7 +145,7 @@ def _check_values(series, modality: Modality, where: str) -> None:
             )
     low, high = modality.typical_range
     for band, name in enumerate(modality.bands):
-        if not series.valid.any():
+        if not of_whole or not series.valid.any():
             break
         mean = float(images[..., band].mean(where=series.valid, dtype=np.float64))
         if not low <= mean <= high:

@@ -6,6 +6,7 @@ Next: probes.py, pictures.py.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from skysense_jax.batch import Views
 from skysense_jax.data import geometry
 from skysense_jax.data.sample import UNDATED, SampleReader
 from skysense_jax.data.views import band_means, day_of_year
+from skysense_jax.eval.ahead import ahead
 from skysense_jax.modalities import Modality
 from skysense_jax.sharding import BATCH, LOGICAL_AXIS_RULES
 
@@ -185,10 +187,12 @@ def sample_features(
     of the run's global views),
     ``batch_size`` how many windows are encoded at once, rounded up to what the mesh divides.
     """
-    modalities, samples = tuple(modalities), iter(samples)
+    modalities = tuple(modalities)
     batch_size = -(-batch_size // num_batch_shards()) * num_batch_shards()
-    while chunk := list(itertools.islice(samples, batch_size)):
-        wholes = [read_whole(sample, modalities, num_dates=num_dates, min_cells=cells) for sample in chunk]
+    whole_of = functools.partial(read_whole, modalities=modalities, num_dates=num_dates, min_cells=cells)
+    pairs = ahead(lambda sample: (sample, whole_of(sample)), samples)
+    while read := list(itertools.islice(pairs, batch_size)):
+        chunk, wholes = zip(*read)
         places = []
         for i, sample in enumerate(chunk):
             starts = window_starts(sample.extent_cells, cells)

@@ -5,11 +5,12 @@ Next: probes.py, the linear one.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from skysense_jax.eval.features import num_batch_shards, replicated
@@ -17,6 +18,14 @@ from skysense_jax.sharding import BATCH, LOGICAL_AXIS_RULES
 
 K = 20  # [DINO]
 TEMPERATURE = 0.07  # [DINO]
+_MOST_SIMILARITIES = 2**28  # a gigabyte of them at once
+
+
+def _whole(rows: np.ndarray) -> jax.Array:
+    """On every device of the mesh that is set, once."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.asarray(rows)
+    return jax.device_put(rows, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -47,10 +56,24 @@ def predict(
     temperature: float = TEMPERATURE,
     block: int = 4096,
 ) -> Int[np.ndarray, " L"]:
-    """The class of each test row by its ``k`` nearest training rows; of equal votes the lowest class.
+    """The class of each test row by its ``k`` nearest training rows: ``classifier``, asked once."""
+    given = dict(num_classes=num_classes, k=k, temperature=temperature, block=block)
+    return classifier(train_features, train_labels, **given)(test_features)
+
+
+def classifier(
+    train_features: Float[np.ndarray, "N D"],
+    train_labels: Int[np.ndarray, " N"],
+    *,
+    num_classes: int,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    block: int = 4096,
+) -> Callable[[Float[np.ndarray, "L D"]], Int[np.ndarray, " L"]]:
+    """A function from rows to the class of each by its ``k`` nearest training rows; of equal votes the lowest class.
 
     Labels are 0 to ``num_classes - 1``. With fewer than ``k`` training rows all of them vote. Runs under the mesh that
-    is set, or without one; ``block`` test rows are compared at a time.
+    is set, or without one; at most ``block`` rows are compared at a time, fewer with more than 65,536 training rows.
 
     Raises:
       ValueError: there is no training row, or a label is out of range.
@@ -59,19 +82,16 @@ def predict(
         raise ValueError("got no training row; wanted at least one neighbour")
     if train_labels.min() < 0 or train_labels.max() >= num_classes:
         raise ValueError(f"got labels {train_labels.min()} to {train_labels.max()}; wanted 0 to {num_classes - 1}")
-    shards = num_batch_shards()
-    block = -(-min(block, max(len(test_features), 1)) // shards) * shards
-    found = []
-    for first in range(0, len(test_features), block):
-        rows = test_features[first : first + block]
-        filled = np.concatenate([rows, np.zeros((block - len(rows), rows.shape[1]), rows.dtype)])  # one compilation
-        voted = _vote(
-            train_features,
-            train_labels,
-            filled,
-            num_classes=num_classes,
-            k=min(k, len(train_features)),
-            temperature=temperature,
-        )
-        found.append(np.asarray(voted)[: len(rows)])
-    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+    shards, most = num_batch_shards(), min(block, max(1, _MOST_SIMILARITIES // len(train_features)))
+    how = dict(num_classes=num_classes, k=min(k, len(train_features)), temperature=temperature)
+    known, labels = _whole(train_features), _whole(train_labels)
+
+    def classes_of(features: Float[np.ndarray, "L D"]) -> Int[np.ndarray, " L"]:
+        size, found = -(-min(most, max(len(features), 1)) // shards) * shards, []
+        for first in range(0, len(features), size):
+            rows = features[first : first + size]
+            filled = np.concatenate([rows, np.zeros((size - len(rows), rows.shape[1]), rows.dtype)])  # one compilation
+            found.append(np.asarray(_vote(known, labels, filled, **how))[: len(rows)])
+        return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+
+    return classes_of

@@ -109,6 +109,9 @@ def labelled(
         if checked:
             check(examples, split=split)
         _open_first(examples, model)
+    most = lambda name, count: max(examples.num_dates.get(name, count) for examples in splits.values())  # noqa: E731
+    num_dates = {name: min(count, most(name, count)) for name, count in model.num_dates.items()}  # more are padding
+    model = dataclasses.replace(model, num_dates=num_dates)
     train = take_share(splits[folders.TRAIN], request.label_share, seed=request.seed)
     if checked:
         frozen.check_classes(train)
@@ -219,7 +222,8 @@ def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request
     how = dict(train_share=request.train_share or card.train_shares[0], seed=request.seed)
     if card.sources:
         tile_cells = request.tile_cells or (TUNED_TILE_CELLS if request.protocol == FINETUNE else TILE_CELLS)
-        return folders.read(place, card, rows=rows, tile_cells=tile_cells, **how)
+        overlapping = request.protocol == FINETUNE
+        return folders.read(place, card, rows=rows, tile_cells=tile_cells, overlapping=overlapping, **how)
     return recordsets.read(place, kind=card.kind, rows=list(rows.values()), num_classes=card.num_classes, **how)
 
 

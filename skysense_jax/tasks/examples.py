@@ -6,7 +6,7 @@ them; frozen.py, which uses them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from skysense_jax.eval.scores import IGNORED
 SCENE, MULTI_LABEL, SEGMENTATION, CHANGE = KINDS = ("scene", "multi_label", "segmentation", "change")
 MAPS = (SEGMENTATION, CHANGE)  # kinds whose target is a map
 _PART = "#"  # between the name of an image and the place of a part of it
-IMAGES_AT_ONCE = 4  # of which parts are read in turns: what reads files keeps as many, each may be 100 MB
+IMAGES_AT_ONCE = 8  # of which parts are read in turns: what reads files keeps as many, each may be 100 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,13 @@ class Examples(Sequence):
       examples: in a fixed order; may make one when it is asked for (``Lazy``).
       classes: names by id.
       kind: one of ``KINDS``.
+      num_dates: of a modality, the most dates that an example has; of one that is not here it is not known.
     """
 
     examples: Sequence  # of Example; what makes them when asked for must not be asked by a type checker
     classes: tuple[str, ...]
     kind: str
+    num_dates: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,13 +68,25 @@ class Examples(Sequence):
         return (self.examples[i] for i in range(len(self.examples)))
 
     @functools.cached_property
-    def images(self) -> tuple[tuple[int, ...], ...]:
-        """Of each image the places of its parts in order; no pixel and no target is read for it."""
+    def image_names(self) -> tuple[str, ...]:
+        """Of each example the name of the image that it is, or is a part of; ``Lazy`` ones are not made for it."""
         name = self.examples.image if isinstance(self.examples, Lazy) else lambda i: self.examples[i].image
+        return tuple(name(i) for i in range(len(self)))
+
+    @functools.cached_property
+    def images(self) -> tuple[tuple[int, ...], ...]:
+        """Of each image the places of its parts, in order."""
         found: dict[str, list[int]] = {}
-        for i in range(len(self)):
-            found.setdefault(name(i), []).append(i)
+        for i, name in enumerate(self.image_names):
+            found.setdefault(name, []).append(i)
         return tuple(map(tuple, found.values()))
+
+    def pick(self, places: Sequence[int]) -> "Examples":
+        """Those at the places."""
+        names = self.image_names
+        return dataclasses.replace(
+            self, examples=Lazy(len(places), lambda i: self[places[i]], lambda i: names[places[i]])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,11 +228,5 @@ def split_shares(examples: Examples, share: float, *, seed: int) -> tuple[Exampl
         order = np.random.default_rng((seed, number)).permutation(len(members))
         for place in order[: max(1, round(share * len(members)))]:
             chosen.update(members[place])
-    names = {i: str(number) for number, members in enumerate(examples.images) for i in members}
-
-    def pick(indices: list[int]) -> Examples:
-        picked = Lazy(len(indices), lambda i: examples[indices[i]], lambda i: names[indices[i]])
-        return Examples(picked, examples.classes, examples.kind)
-
     everything = range(len(examples))
-    return pick([i for i in everything if i in chosen]), pick([i for i in everything if i not in chosen])
+    return tuple(examples.pick([i for i in everything if (i in chosen) == kept]) for kept in (True, False))

@@ -42,7 +42,8 @@ class Options:
         feature a cell over all modalities and dates; "auto": stages of a single modality, else fused features.
       modality: whose stages; "": the model's only one.
       freeze: train the head alone; the network's parameters stay as they are, to the bit.
-      cells: side of a window; 0: that of the run's views for maps, the largest sample's extent for scenes.
+      cells: side of a window; 0: that of the run's views for maps; for scenes the largest sample's extent,
+        at most twice that of the views.
       num_steps, batch_size: updates, and windows in each.
       learning_rate, final_learning_rate, warmup_steps: of the head, linear up and half a cosine down.
       layer_decay: what each layer's rate is multiplied by on the way from the head down (layer_rates.py).
@@ -161,7 +162,8 @@ def _prepare(model: Model, train: Examples, options: Options) -> tuple[Tuned, di
         cells, per_cell = options.cells or model.cells, windows.label_pixels(train[0])
     else:
         head = LinearHead(len(train.classes))
-        cells, per_cell = options.cells or max(example.before.extent_cells for example in train), 1
+        largest = max(example.before.extent_cells for example in train)
+        cells, per_cell = options.cells or min(largest, 2 * model.cells), 1
     window = dict(num_dates={row.name: model.num_dates[row.name] for row in rows}, cells=cells, per_cell=per_cell)
     return Tuned(network, rows, fused, head, kind, per_cell), window
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from skysense_jax.data.checks import RecordError
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
 from skysense_jax.tasks import images
@@ -26,6 +27,8 @@ from skysense_jax.tasks.images import CardLabels, Pixels, Window
 TRAIN, TEST = SPLITS = ("train", "test")
 _MIDDLE_CELLS = 64  # of an image that has one label, at most: 2048 pixels of hr, the paper's extent
 _NAMED = 5  # things that an error lists
+_LEAST_NEW_SHARE = 0.1  # of the pixels of a part that is trained on with its overlap
+_LOOKED_AT = 8  # parts, to find one of the row's unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,14 @@ class Image:
 
 
 def read(
-    folder: pathlib.Path, card: Card, *, rows: Mapping[str, Modality], tile_cells: int, train_share: float, seed: int
+    folder: pathlib.Path,
+    card: Card,
+    *,
+    rows: Mapping[str, Modality],
+    tile_cells: int,
+    train_share: float,
+    seed: int,
+    overlapping: bool = False,
 ) -> dict[str, Examples]:
     """Examples to train on and to test on.
 
@@ -49,6 +59,8 @@ def read(
       tile_cells: side of the parts that images with label maps are cut into, at most.
       train_share: of the examples, where neither folders nor the card say what is to train on.
       seed: of which ones.
+      overlapping: parts to train on keep their labels where they overlap, and those that add little are left out; else
+        a pixel has its label in one part only, as in all that are to test on.
 
     Raises:
       ValueError: the folder is not what the card says.
@@ -69,9 +81,13 @@ def read(
         )
     if card.members:
         found = _by_members(found["all"], card, index, folder)
-    made = {split: _examples(part, card, classes, tile_cells=tile_cells) for split, part in found.items()}
+    make = functools.partial(_examples, card=card, classes=classes, tile_cells=tile_cells)
+    made = {split: make(part, overlapping=overlapping and split == TRAIN) for split, part in found.items()}
     if "all" in made:
         made = dict(zip(SPLITS, split_shares(made["all"], train_share, seed=seed)))
+        if overlapping and card.label:
+            names = set(made[TRAIN].image_names)
+            made[TRAIN] = make([image for image in found["all"] if image.name in names], overlapping=True)
     return made
 
 
@@ -189,8 +205,11 @@ def _by_members(
 # ---- examples of them
 
 
-def _examples(found: Sequence[Image], card: Card, classes: tuple[str, ...], *, tile_cells: int) -> Examples:
-    places: list[tuple[Image, Window, tuple[Window, ...]]] = []
+def _examples(
+    found: Sequence[Image], *, card: Card, classes: tuple[str, ...], tile_cells: int, overlapping: bool
+) -> Examples:
+    places: list[tuple[Image, Window]] = []
+    num_dates: dict[str, int] = {}
     for image in found:
         first = next(iter(image.before.values()))
         shape, pixel_m = first.shape(), images.metres_per_pixel(first, card)
@@ -203,11 +222,32 @@ def _examples(found: Sequence[Image], card: Card, classes: tuple[str, ...], *, t
             where=image.name,
             step=images.step_of(first),
         )
-        places += [(image, window, tuple(parts[:i])) for i, window in enumerate(parts)]
+        places += [(image, window) for window in parts if not overlapping or window.new_share >= _LEAST_NEW_SHARE]
+        for pixels in (*image.before.values(), *image.after.values()):
+            num_dates[pixels.row.name] = max(num_dates.get(pixels.row.name, 1), images.num_dates(pixels))
+    _check_units(places, card)
     if card.kind == SCENE:
-        return Examples([_scene(image, window, card, classes) for image, window, _ in places], classes, card.kind)
-    parts = Lazy(len(places), lambda i: _map(*places[i], card), lambda i: places[i][0].name)
-    return Examples(parts, classes, card.kind)
+        made = [_scene(image, window, card, classes) for image, window in places]
+    else:
+        map_of = functools.partial(_map, card=card, overlapping=overlapping)
+        made = Lazy(len(places), lambda i: map_of(*places[i]), lambda i: places[i][0].name)
+    return Examples(made, classes, card.kind, num_dates)
+
+
+def _check_units(places: Sequence[tuple[Image, Window]], card: Card) -> None:
+    """Raises what is wrong with all of a few parts: a wrong unit is in each, but one of them may hold no data."""
+    refused = []
+    for image, window in places[:: max(1, len(places) // _LOOKED_AT)][:_LOOKED_AT]:
+        try:
+            for date in (image.before, image.after):
+                if date:
+                    images.read_sample(date, window, card, name=image.name, of_whole=True)
+        except RecordError as error:
+            refused.append(error)
+        else:
+            return
+    if refused:
+        raise refused[0]
 
 
 def _check_sizes(image: Image, shape: tuple[int, int], card: Card) -> None:
@@ -227,10 +267,11 @@ def _scene(image: Image, window: Window, card: Card, classes: tuple[str, ...]) -
     return Example(image.name, sample, None, np.array(classes.index(image.scene)))
 
 
-def _map(image: Image, window: Window, before: tuple[Window, ...], card: Card) -> Example:
+def _map(image: Image, window: Window, *, card: Card, overlapping: bool) -> Example:
     pixel_m = images.metres_per_pixel(next(iter(image.before.values())), card)
-    labels = images.inside(images.read_labels(image.label, CardLabels.of(card)), window)
-    labels = np.where(images.fresh(window, before), labels, IGNORED).astype(np.uint8)  # a pixel counts in one part only
+    labels = images.inside(images.read_labels(image.label, CardLabels.of(card)), window).copy()
+    if not overlapping:  # a pixel counts in one part only
+        labels[: window.seen_rows], labels[:, : window.seen_columns] = IGNORED, IGNORED
     name = part_name(image.name, window.row, window.column)
     return Example(
         id=name,

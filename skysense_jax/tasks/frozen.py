@@ -21,6 +21,7 @@ from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL, SCENE, Example, Exa
 from skysense_jax.tasks.loading import Model
 
 KNN, LINEAR = PROTOCOLS = ("knn", "linear")
+_CELLS_A_PART = 4  # of training cells of maps, at least: of datasets of more parts some are not read
 _NO_CELL = f"no cell to train on: none is usable and labelled on {probes.MIN_LABELLED_SHARE:.0%} of its pixels"
 
 
@@ -193,7 +194,8 @@ def _maps(
     x, y, groups = _training_cells(read, train, options)
     if KNN in protocols:
         one_hot = np.eye(count)
-        predict[KNN] = lambda rows: one_hot[neighbours.predict(x, y, rows, num_classes=count)]
+        classes_of = neighbours.classifier(x, y, num_classes=count)
+        predict[KNN] = lambda rows: one_hot[classes_of(rows)]
     if LINEAR in protocols:
         predict[LINEAR] = linear.fit(x, y, groups, num_classes=count, seed=options.seed, by_class=True)
     found = {protocol: scores.Confusion(count) for protocol in predict}
@@ -208,7 +210,8 @@ def _maps(
 def _training_cells(
     read: Reader, train: Examples, options: Options
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    """Usable cells with a class: features, classes, and which image each lies in."""
+    """Usable cells with a class, at most ``options.max_cells``: features, classes, and which image each lies in."""
+    train = _drawn_parts(train, -(-options.max_cells // _CELLS_A_PART), seed=options.seed)
     each, rng = -(-options.max_cells // len(train)), np.random.default_rng(options.seed)
     features, targets, groups, images = [], [], [], {}
     for example, cells in read(train):
@@ -221,4 +224,17 @@ def _training_cells(
     found = np.concatenate(targets)
     if not len(found):
         raise linear.NothingToFitError(f"--dataset: {_NO_CELL}")
-    return np.concatenate(features), found, np.concatenate(groups)
+    count, most = len(found), options.max_cells
+    kept = np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
+    return np.concatenate(features)[kept], found[kept], np.concatenate(groups)[kept]
+
+
+def _drawn_parts(examples: Examples, count: int, *, seed: int) -> Examples:
+    """At most ``count`` of the examples, drawn evenly over images: of each one part before of any a second."""
+    if len(examples) <= count:
+        return examples
+    rng = np.random.default_rng((seed, 1))
+    images = [examples.images[i] for i in rng.permutation(len(examples.images))]
+    turns = [enumerate(rng.permutation(parts)) for parts in images]
+    ranked = sorted((turn, place, int(part)) for place, of in enumerate(turns) for turn, part in of)
+    return examples.pick(sorted(part for *_, part in ranked[:count]))

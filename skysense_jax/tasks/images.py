@@ -6,20 +6,22 @@ what is where within an image. Next: folders.py.
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import rasterio
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 from rasterio.errors import NotGeoreferencedWarning
 
 from skysense_jax.data.checks import validate_sample
 from skysense_jax.data.sample import UNDATED, Sample, Series
+from skysense_jax.eval.ahead import kept
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.ingest.tfds_sets import SETS, Options
 from skysense_jax.modalities import METRES_PER_CELL, Modality
@@ -33,12 +35,20 @@ Image.MAX_IMAGE_PIXELS = None  # scenes of 13 000 pixels are no attack
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A part of an image: its north-west pixel, and its side in pixels and in cells."""
+    """A part of an image: its north-west pixel, its side in pixels and in cells, and how many of its first rows and
+    columns of pixels lie in parts before it."""
 
     row: int
     column: int
     side: int
     cells: int
+    seen_rows: int = 0
+    seen_columns: int = 0
+
+    @property
+    def new_share(self) -> float:
+        """Of its pixels, those that lie in no part before it."""
+        return (1 - self.seen_rows / self.side) * (1 - self.seen_columns / self.side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,26 +106,21 @@ def windows(
     if not all_of_it:
         return [Window(*((length - side) // 2 // step * step for length in shape), side, cells)]
     starts = [sorted({*range(0, length - side, side), length - side}) for length in shape]
-    return [Window(row, column, side, cells) for row in starts[0] for column in starts[1]]
-
-
-def fresh(window: Window, before: Sequence[Window]) -> Bool[np.ndarray, "H W"]:
-    """Which pixels of a window lie in none of those before it."""
-    mask = np.ones((window.side, window.side), bool)
-    for other in before:
-        rows, columns = (
-            slice(max(a - b, 0), max(a - b + other.side, 0))
-            for a, b in ((other.row, window.row), (other.column, window.column))
-        )
-        mask[rows, columns] = False
-    return mask
+    seen = [[0, *(before + side - start for before, start in itertools.pairwise(line))] for line in starts]
+    rows, columns = (list(zip(*line)) for line in zip(starts, seen))
+    return [Window(row, column, side, cells, above, left) for row, above in rows for column, left in columns]
 
 
 # ---- pixels
 
 
-def read_sample(parts: Mapping[str, Pixels], window: Window, card: Card, *, name: str) -> Sample:
+def read_sample(
+    parts: Mapping[str, Pixels], window: Window, card: Card, *, name: str, of_whole: bool = False
+) -> Sample:
     """The sample of a window; ``parts`` are the image's files by modality, the first one's pixels are the window's.
+
+    ``of_whole``: refuse what no whole image is, though a part may be: without a valid pixel, or with means that no
+    image of the row's unit has (all black, say).
 
     Raises:
       ValueError: a file cannot be read, lacks a band, or does not hold the row's unit.
@@ -130,7 +135,7 @@ def read_sample(parts: Mapping[str, Pixels], window: Window, card: Card, *, name
         start = round(window.row / scale), round(window.column / scale)
         series = {pixels.row.name: _grid_series(pixels, start, window.cells) for pixels in parts.values()}
     sample = Sample(id=name, extent_cells=window.cells, series=series)
-    validate_sample(sample, [pixels.row for pixels in parts.values()])
+    validate_sample(sample, [pixels.row for pixels in parts.values()], of_whole=of_whole)
     return sample
 
 
@@ -173,7 +178,7 @@ def _band(name: str) -> str:
     return re.sub(r"^B0(?=\d)", "B", name)
 
 
-@functools.lru_cache(maxsize=2 * IMAGES_AT_ONCE)  # of two dates
+@kept(2 * IMAGES_AT_ONCE)  # of two dates, or where one group of images ends and the next begins
 def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
     """An 8-bit picture as RGB; raises ValueError if it is none."""
     try:
@@ -185,7 +190,7 @@ def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
         raise ValueError(f"--dataset: {path} cannot be read as a picture: {error}") from error
 
 
-@functools.lru_cache(maxsize=2 * IMAGES_AT_ONCE)
+@kept(2 * IMAGES_AT_ONCE)
 def _read_stack(paths: tuple[pathlib.Path, ...]) -> Shaped[np.ndarray, "T H W C"]:
     """The numbers of a file, or of a file a band."""
     if paths[0].suffix == ".npy":
@@ -217,6 +222,13 @@ def _load(path: pathlib.Path) -> np.ndarray:
         raise ValueError(f"--dataset: {path} cannot be read as an array: {error}") from error
 
 
+def num_dates(pixels: Pixels) -> int:
+    """Of an image; read from the header of a series."""
+    path = pixels.paths[0]
+    return len(_load(path)) if path.suffix == ".npy" and _load(path).ndim == 4 else 1
+
+
+@functools.lru_cache(maxsize=64)  # asked for again at once
 def shape_of(path: pathlib.Path) -> tuple[int, int]:
     if path.suffix == ".npy":
         return tuple(_load(path).shape[-2:])
@@ -233,7 +245,7 @@ def shape_of(path: pathlib.Path) -> tuple[int, int]:
 # ---- labels
 
 
-@functools.lru_cache(maxsize=IMAGES_AT_ONCE)
+@kept(2 * IMAGES_AT_ONCE)
 def read_labels(path: pathlib.Path, card: "CardLabels") -> UInt8[np.ndarray, "H W"]:
     """The class ids of a label file, IGNORED where there is none.
 

@@ -47,9 +47,8 @@ class Probed:
 
     @property
     def facts(self) -> str:
-        """What must be the same in every process: all examples, in order, and what is read of them."""
-        ids = (example.id for part in (self.train, self.test) for example in part)
-        return "\n".join((str(self), *self.train.classes, *ids))
+        """What must be the same in every process: the images of all examples, in order, and what is read of them."""
+        return "\n".join((str(self), *self.train.classes, *self.train.image_names, *self.test.image_names))
 
     @property
     def main(self) -> str:

@@ -96,11 +96,14 @@ def _maps(files: Sequence[pathlib.Path], rows: Sequence[Modality], labels: Label
     """The records that have a label map; those without are left out."""
     source = RecordSource(files, rows, labels)
 
-    def target(i: int) -> np.ndarray | None:
+    labelled, names, num_dates = [], [], {row.name: 1 for row in rows}
+    for i in range(len(source)):
         record = source[i]
-        return record.labels_window(0, 0, record.extent_cells)
-
-    labelled = [i for i in range(len(source)) if target(i) is not None]
+        if record.labels_window(0, 0, record.extent_cells) is None:
+            continue
+        labelled.append(i)
+        names.append(record.id)
+        num_dates = {name: max(most, len(record.days(name))) for name, most in num_dates.items()}
     if not labelled:
         raise ValueError(f"--dataset: none of the {len(source)} records of {files[0].parent} has a label map")
 
@@ -109,7 +112,7 @@ def _maps(files: Sequence[pathlib.Path], rows: Sequence[Modality], labels: Label
         ids = record.labels_window(0, 0, record.extent_cells)
         return Example(record.id, record, None, np.where(ids == 0, IGNORED, ids - 1).astype(np.uint8))
 
-    return Examples(Lazy(len(labelled), make, image=str), labels.classes, SEGMENTATION)
+    return Examples(Lazy(len(labelled), make, names.__getitem__), labels.classes, SEGMENTATION, num_dates)
 
 
 def _scenes(
@@ -126,8 +129,10 @@ def _scenes(
     path = folder / _INDEX
     if not path.exists() or "scene_classes" not in pq.read_schema(path).names:
         raise ValueError(f"--dataset: {path} with scene_classes is missing; wanted what ingest.from_tfds writes")
-    columns = pq.read_table(path, columns=["id", "shard", "record", "scene_classes"]).to_pylist()
+    dates = {row.name: f"dates_{row.name}" for row in rows if f"dates_{row.name}" in pq.read_schema(path).names}
+    columns = pq.read_table(path, columns=["id", "shard", "record", "scene_classes", *dates.values()]).to_pylist()
     found = [row for row in columns if row["scene_classes"]]
+    num_dates = {name: max(1, *(row[column] or 0 for row in found)) for name, column in dates.items()} if found else {}
     if kind == SCENE and (several := [row["id"] for row in found if len(row["scene_classes"]) > 1]):
         raise ValueError(f"--task: {several[0]!r} has several classes; wanted --task={MULTI_LABEL}")
     classes = tuple(sorted({name for row in found for name in row["scene_classes"]}))
@@ -145,7 +150,7 @@ def _scenes(
             examples.append(Example(row["id"], Deferred(row["id"], opened), None, target))
         if not examples:
             raise ValueError(f"--dataset: the index of {folder} has no scene class of the records of {split}")
-        made[split] = Examples(examples, classes, kind)
+        made[split] = Examples(examples, classes, kind, num_dates)
     return made
 
 

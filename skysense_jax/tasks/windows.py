@@ -4,13 +4,14 @@ An element holds the fields of eval.features.WholeSample with a leading axis of 
 detection, and "target". Next: forward.py, which computes on stacked elements.
 """
 
-import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from skysense_jax.eval.ahead import ahead, kept
 from skysense_jax.eval.features import read_whole
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
@@ -83,7 +84,9 @@ def stack(elements: Sequence[Element]) -> Element:
 
 def epoch_order(examples: Examples, rng: np.random.Generator) -> np.ndarray:
     """Every example once: images in a drawn order, the parts of a few at a time mixed, since to read a part of a
-    picture is to decode all of it. Of images of one part each it is any order."""
+    picture is to decode all of it."""
+    if len(examples.images) == len(examples):
+        return rng.permutation(len(examples))
     images = [examples.images[i] for i in rng.permutation(len(examples.images))]
     groups = (images[i : i + IMAGES_AT_ONCE] for i in range(0, len(images), IMAGES_AT_ONCE))
     return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
@@ -97,16 +100,16 @@ def training_batches(
     ``window``: the other arguments of ``read_window`` but its place. What is drawn for the n-th window depends on the
     seed and n alone.
     """
-    order_of = functools.lru_cache(maxsize=2)(
-        lambda epoch: epoch_order(examples, np.random.default_rng((seed, 0, epoch)))
-    )
-    for step in range(num_steps):
-        elements = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            epoch, within = divmod(number, len(examples))
-            example, rng = examples[int(order_of(epoch)[within])], np.random.default_rng((seed, 1, number))
-            free = max(example.before.extent_cells - window["cells"], 0)
-            place = (int(rng.integers(free + 1)), int(rng.integers(free + 1)))
-            element = read_window(example, rows, kind=examples.kind, place=place, **window)
-            elements.append(turned(element, mirrored=bool(rng.integers(2)), quarters=int(rng.integers(4))))
-        yield stack(elements)
+    order_of = kept(2)(lambda epoch: epoch_order(examples, np.random.default_rng((seed, 0, epoch))))
+
+    def drawn(number: int) -> Element:
+        epoch, within = divmod(number, len(examples))
+        example, rng = examples[int(order_of(epoch)[within])], np.random.default_rng((seed, 1, number))
+        free = max(example.before.extent_cells - window["cells"], 0)
+        place = (int(rng.integers(free + 1)), int(rng.integers(free + 1)))
+        element = read_window(example, rows, kind=examples.kind, place=place, **window)
+        return turned(element, mirrored=bool(rng.integers(2)), quarters=int(rng.integers(4)))
+
+    elements = ahead(drawn, range(num_steps * batch_size), depth=batch_size)
+    while batch := list(itertools.islice(elements, batch_size)):
+        yield stack(batch)

@@ -35,6 +35,18 @@ def test_prediction_equals_brute_force(k, block):
     assert 0.5 < (found == wanted).mean() < 1  # neither chance nor too easy to tell two rules apart
 
 
+def test_many_training_rows_are_compared_with_fewer_at_once(monkeypatch):
+    train, labels = _blobs(211, seed=1)
+    test, _ = _blobs(57, seed=2)
+    sizes, vote = [], neighbours._vote
+    monkeypatch.setattr(neighbours, "_MOST_SIMILARITIES", 211 * 10 + 5)
+    monkeypatch.setattr(neighbours, "_vote", lambda *args, **how: sizes.append(len(args[2])) or vote(*args, **how))
+    classes_of = neighbours.classifier(train, labels, num_classes=5)
+    np.testing.assert_array_equal(classes_of(test), _brute_force(train, labels, test, k=20))
+    assert sizes == [10] * 6
+    np.testing.assert_array_equal(classes_of(test[:3]), _brute_force(train, labels, test[:3], k=20))
+
+
 def test_mesh_does_not_change_a_prediction():
     train, labels = _blobs(211, seed=1)
     test, _ = _blobs(57, seed=2)

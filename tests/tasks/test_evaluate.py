@@ -78,6 +78,24 @@ def test_images_are_cut_into_larger_parts_to_fine_tune_on(tmp_path, monkeypatch)
     assert [[example.before.extent_cells for example in train] for train in seen] == [[40] * 2, [20] * 8]
 
 
+@pytest.mark.usefixtures("without_weights")
+def test_no_more_dates_are_encoded_than_the_dataset_has(tmp_path):
+    made_folders.own_maps(tmp_path / "mine")
+    records = made_folders.labelled_records(tmp_path / "records")
+    for dataset, task, wanted in (
+        (tmp_path / "mine", None, dict(hr=1, s2=1, s1=1)),
+        (records, "segmentation", dict(hr=1, s2=2, s1=1)),
+        (records, "multi_label", dict(hr=1, s2=2, s1=1)),
+    ):
+        request = Request(model="", dataset=str(dataset), task=task, protocol="linear")
+        model = evaluate.load("", None, None)
+        assert dict(model.num_dates) == dict(hr=1, s2=2, s1=2)
+        found, splits = evaluate.labelled(request, model, *evaluate.asked_dataset(request))
+        has = {name: max(len(e.before.days(name)) for part in splits.values() for e in part) for name in ("s2", "s1")}
+        assert found.num_dates == wanted
+        assert {name: min(2, most) for name, most in has.items()} == {name: wanted[name] for name in has}
+
+
 @pytest.mark.usefixtures("loaded_once")
 def test_records_with_label_maps_or_scene_classes(model_dir, tmp_path):
     folder = made_folders.labelled_records(tmp_path / "records")

@@ -65,6 +65,7 @@ def test_images_are_known_without_making_an_example():
     assert len(wanted) == 2
     unread = Examples(Lazy(5, pytest.fail, examples.examples.image), ("a", "b"), "segmentation")
     assert unread.images == ((0, 3), (1, 4), (2,))
+    assert kept.image_names == tuple(e.image for e in kept)
     assert [[kept[i].id for i in places] for places in kept.images] == wanted
 
 

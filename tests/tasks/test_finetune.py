@@ -156,6 +156,16 @@ def test_labels_are_learned_and_a_frozen_backbone_is_left_to_the_bit(model, kind
             assert finetune.evaluate(placed, examples) == found
 
 
+def test_windows_of_scenes_are_the_largest_ones_up_to_twice_a_view(model):
+    side_of = lambda *sides, **how: finetune._prepare(  # noqa: E731
+        model,
+        Examples([_examples(SCENE, 1, side)[0] for side in sides], ("dark", "bright"), SCENE),
+        dataclasses.replace(QUICK, **how),
+    )[1]["cells"]
+    assert model.cells == 4
+    assert [side_of(5), side_of(5, 7), side_of(9, 3), side_of(9, cells=3)] == [5, 7, 8, 3]
+
+
 def test_fused_features_are_tuned_alike_on_one_device_and_on_eight(model):
     examples = _examples(SEGMENTATION)
     options = dataclasses.replace(QUICK, features="fused", batch_size=8, drop_path=0.2, cells=2, learning_rate=1e-4)

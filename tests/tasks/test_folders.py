@@ -108,6 +108,57 @@ def test_pictures_with_label_maps_are_cut_into_parts_that_cover_each_pixel_once(
         assert (seen == 1).all()
 
 
+def test_parts_to_fine_tune_on_keep_their_labels_and_those_that_add_little_are_left_out(tmp_path):
+    made_folders.potsdam(tmp_path, side=(70, 98))
+    masked, whole = (_read(tmp_path, CARDS["potsdam"], HR, tile_cells=1, overlapping=x) for x in (False, True))
+    ids = lambda examples: [e.id.partition("#")[2] for e in examples if e.image in ("2_10", "7_13")]  # noqa: E731
+    rows, columns = (0, 32, 38), (0, 32, 64, 66)  # 26 of the last 32 rows and 30 of the last 32 columns are in others
+    assert ids(masked["train"]) == ids(masked["test"]) == ids(whole["test"])
+    assert ids(masked["test"]) == [f"{row},{column}" for row in rows for column in columns]
+    assert ids(whole["train"]) == [f"{row},{column}" for row in rows for column in columns[:3]]
+    assert all((example.target != IGNORED).all() for example in whole["train"])
+    for a, b in zip(masked["test"], whole["test"]):
+        np.testing.assert_array_equal(a.target, b.target)
+    assert sum((e.target != IGNORED).sum() for e in masked["train"]) == 2 * 70 * 98
+    drawn = _card("potsdam", members={}, image_pixels="")
+    split = {x: _read(tmp_path, drawn, HR, tile_cells=1, overlapping=x) for x in (False, True)}
+    for name in ("train", "test"):
+        assert {e.image for e in split[True][name]} == {e.image for e in split[False][name]}
+    assert all((example.target != IGNORED).all() for example in split[True]["train"])
+
+
+def test_part_without_data_is_read_and_a_folder_without_is_refused(tmp_path):
+    made_folders.potsdam(tmp_path, side=(96, 96))
+    for name in ("2_10", "3_11", "7_13"):
+        path = tmp_path / f"2_Ortho_RGB/top_potsdam_{name}_RGB.tif"
+        picture = np.asarray(Image.open(path)).copy()
+        picture[:64] = 0  # two rows of three parts each
+        made_folders.picture(path, picture)
+    found = _read(tmp_path, CARDS["potsdam"], HR, tile_cells=1)
+    assert [_whole(e.before, "hr").pixels.max() > 0 for e in found["test"]] == [False] * 6 + [True] * 3
+    black = tmp_path / "black"
+    made_folders.potsdam(black, side=(96, 96))
+    made_folders.picture(black / "2_Ortho_RGB/top_potsdam_7_13_RGB.tif", np.zeros((96, 96, 3), np.uint8))
+    _refused(black, CARDS["potsdam"], HR, "mean 0 over valid pixels; wanted 2 to 254")
+    made_folders.own_maps(tmp_path / "maps")
+    card, file = cards.read(tmp_path / "maps/card.json"), tmp_path / "maps/optical/0.tif"
+    with images._opened(file) as opened:
+        empty = np.zeros((opened.height, opened.width, opened.count), np.uint16)
+    made_folders.geotiff(file, empty)
+    read = [e for part in _read(tmp_path / "maps", card, S2).values() for e in part if e.image == "0"]
+    assert not any(_whole(e.before, "s2").valid.any() for e in read)
+
+
+def test_most_dates_of_an_image_are_known(tmp_path):
+    made_folders.potsdam(tmp_path / "potsdam")
+    assert _read(tmp_path / "potsdam", CARDS["potsdam"], HR)["train"].num_dates == {"hr": 1}
+    made_folders.pastis(tmp_path / "pastis")
+    found = _read(tmp_path / "pastis", CARDS["pastis"], S2)
+    wanted = max(len(e.before.days("s2")) for e in found["train"])
+    assert wanted > 1
+    assert found["train"].num_dates == {"s2": wanted}
+
+
 def test_labels_of_pixels_that_do_not_divide_a_cell_are_the_nearest_ones(tmp_path):
     labels = np.arange(70 * 80, dtype=np.uint16).reshape(70, 80)
     window = images.Window(3, 5, 67, 2)  # 2 cells of 33.33 pixels of 0.3 m
@@ -248,13 +299,11 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     _refused(tmp_path, _card("aid", num_classes=2), HR, r"beach_3\.jpg cannot be read as a picture")
 
 
-def test_numbers_in_another_unit_are_refused_when_they_are_read(tmp_path):
+def test_numbers_in_another_unit_are_refused(tmp_path):
     made_folders.own_maps(tmp_path)
     for i in range(3):
         made_folders.geotiff(tmp_path / f"radar/{i}.tif", np.full((12, 12, 2), 0.2, np.float32))
-    examples = _read(tmp_path, cards.read(tmp_path / "card.json"), S1)["train"]
-    with pytest.raises(ValueError, match="looks like linear power"):
-        examples[0].before.days("s1")
+    _refused(tmp_path, cards.read(tmp_path / "card.json"), S1, "looks like linear power")
 
 
 def test_cards_that_contradict_themselves_are_refused(tmp_path):

@@ -221,6 +221,31 @@ def test_maps_are_scored_on_all_pixels(stand_in, protocol):
     assert fine["miou"] == pytest.approx(np.mean([fine["iou/a"], fine["iou/b"]]))
 
 
+def test_training_cells_are_no_more_than_asked_and_of_few_parts_evenly_over_images(stand_in):
+    examples = _map_examples(np.random.default_rng(4), 60)
+    names = [
+        f"{i % 7}#{i},0" if i < 40 else f"{i}#0,0" for i in range(60)
+    ]  # seven images of five or six parts, 20 of one
+    named = [dataclasses.replace(example, id=name) for example, name in zip(examples, names)]
+    examples = dataclasses.replace(examples, examples=named)
+    read = []
+
+    def reader(drawn):
+        read.extend(example.id for example in drawn)
+        return frozen.encode(stand_in, drawn, batch_size=8)
+
+    x, y, groups = frozen._training_cells(reader, examples, frozen.Options(max_cells=130, seed=5))
+    assert len(x) == len(y) == len(groups) == 130
+    assert len(read) == 33  # four cells a part
+    of_image = np.unique([name.partition("#")[0] for name in read], return_counts=True)[1]
+    assert len(of_image) == 27
+    assert of_image.max() == 2
+    everything = frozen._training_cells(reader, examples, frozen.Options(max_cells=10_000))
+    assert len(everything[0]) > 500
+    again = frozen._training_cells(reader, examples, frozen.Options(max_cells=130, seed=6))
+    assert not np.array_equal(again[0], x)
+
+
 def test_pixel_scores_equal_sklearn_on_a_prediction_by_hand(stand_in):
     rng = np.random.default_rng(2)
     train, test = _map_examples(rng, 8), _map_examples(rng, 3, per_cell=4)
