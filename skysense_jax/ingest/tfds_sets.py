@@ -149,14 +149,19 @@ def _read_rgb(element: Mapping[str, Any], options: Options, *, gsd_m: float | No
     cells = own_cells(*pixels.shape[:2], pixel_size_m=gsd_m)
     if not cells:
         raise Refused(f"{pixels.shape[0]} x {pixels.shape[1]} pixels of {gsd_m:.4g} m hold no whole cell of 10 m")
-    square = dataclasses.replace(_NOWHERE, cells=cells)
     row, column = (math.floor((size - cells * METRES_PER_CELL / gsd_m) / 2 + 1e-6) for size in pixels.shape[:2])
-    corner = from_origin(square.west - column * gsd_m, square.north + row * gsd_m, gsd_m, gsd_m)
-    raster = Raster(pixels, np.ones(pixels.shape[:2], bool), corner, square.crs)
-    found = resample(raster, square, pixels_per_cell=_HR.pixels_per_cell)
-    nothing, undated = np.zeros_like(found.valid), np.array([UNDATED], np.int32)
-    series = Series(found.pixels[None], found.valid[None], nothing[None], undated, np.zeros(1, np.uint8), gsd_m)
-    return Content(cells, {_HR.name: series})
+    side = cells * _HR.pixels_per_cell
+    if math.isclose(gsd_m * _HR.pixels_per_cell, METRES_PER_CELL):  # already on the row's grid
+        images, valid = pixels[row : row + side, column : column + side], np.ones((side, side), bool)
+    else:
+        square = dataclasses.replace(_NOWHERE, cells=cells)
+        corner = from_origin(square.west - column * gsd_m, square.north + row * gsd_m, gsd_m, gsd_m)
+        raster = Raster(pixels, np.ones(pixels.shape[:2], bool), corner, square.crs)
+        found = resample(raster, square, pixels_per_cell=_HR.pixels_per_cell)
+        images, valid = found.pixels, found.valid
+    nothing, undated = np.zeros_like(valid), np.array([UNDATED], np.int32)
+    images = np.ascontiguousarray(images)[None]
+    return Content(cells, {_HR.name: Series(images, valid[None], nothing[None], undated, np.zeros(1, np.uint8), gsd_m)})
 
 
 SETS = {

@@ -16,6 +16,7 @@ from skysense_jax.eval.probes import fit_logistic
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # grid of LogisticRegression's C
 DEFAULT = 0.1  # where nothing can be held out
 _HELD_OUT_SHARE = 0.25
+_MOST_CHOSEN_ON = 50_000  # rows: more do not change which penalty is best, and five fits of them take hours
 _NEVER = -1e9  # the score of a class that nothing was trained on; finite, since maps interpolate scores
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -28,11 +29,15 @@ class NothingToFitError(ValueError):
     """What is usable and labelled has one class or none: found behind reading, by every process that read the same."""
 
 
-def _held_out(groups: Int[np.ndarray, " N"], seed: int) -> Bool[np.ndarray, " N"]:
-    """A quarter of the groups (images), drawn; none of a single one."""
+def _chosen_on(groups: Int[np.ndarray, " N"], seed: int) -> tuple[Int[np.ndarray, " M"], Bool[np.ndarray, " M"]]:
+    """Rows to choose a penalty on, all or as many drawn as are enough; and which of them are held out to judge it: a
+    quarter of the groups (images), drawn; none of a single one."""
+    rng, rows = np.random.default_rng(seed), np.arange(len(groups))
     known = np.unique(groups)
-    drawn = np.random.default_rng(seed).permutation(known)[: int(_HELD_OUT_SHARE * len(known))]
-    return np.isin(groups, drawn)
+    drawn = rng.permutation(known)[: int(_HELD_OUT_SHARE * len(known))]
+    if len(rows) > _MOST_CHOSEN_ON:
+        rows = np.sort(rng.choice(rows, _MOST_CHOSEN_ON, replace=False))
+    return rows, np.isin(groups[rows], drawn)
 
 
 def fit(
@@ -54,11 +59,12 @@ def fit(
     """
     if len(np.unique(y)) < 2:
         raise NothingToFitError(f"--dataset: all that is trained on has class {int(y[0])}; wanted two classes or more")
-    held = _held_out(groups, seed)
+    rows, held = _chosen_on(groups, seed)
+    (fit_x, fit_y), (held_x, held_y) = ((x[rows[part]], y[rows[part]]) for part in (~held, held))
     choice = DEFAULT
-    if held.any() and len(np.unique(y[~held])) > 1:
+    if held.any() and len(np.unique(fit_y)) > 1:
         judge = (lambda a, b: jaccard_score(a, b, average="macro", labels=np.unique(a))) if by_class else accuracy_score
-        tried = {c: judge(y[held], _fit(x[~held], y[~held], c).predict(x[held])) for c in INVERSE_PENALTIES}
+        tried = {c: judge(held_y, _fit(fit_x, fit_y, c).predict(held_x)) for c in INVERSE_PENALTIES}
         choice = max(tried, key=tried.get)
     return _scorer(_fit(x, y, choice), num_classes)
 
@@ -78,13 +84,14 @@ def _scorer(fitted: Any, num_classes: int) -> Scorer:
 
 def fit_multi_label(x: Float[np.ndarray, "N D"], y: Bool[np.ndarray, "N K"], *, seed: int) -> Scorer:
     """The same for several classes an image: one classifier a class, one penalty for all, by micro mAP."""
-    held = _held_out(np.arange(len(y)), seed)
+    rows, held = _chosen_on(np.arange(len(y)), seed)
+    (fit_x, fit_y), (held_x, held_y) = ((x[rows[part]], y[rows[part]]) for part in (~held, held))
     choice = DEFAULT
-    if held.any() and y[held].any():
+    if held.any() and held_y.any():
         tried = {}
         for penalty in INVERSE_PENALTIES:
-            found = _each(x[~held], y[~held], penalty)(x[held])
-            tried[penalty] = average_precision_score(y[held], found, average="micro")
+            found = _each(fit_x, fit_y, penalty)(held_x)
+            tried[penalty] = average_precision_score(held_y, found, average="micro")
         choice = max(tried, key=tried.get)
     return _each(x, y, choice)
 

@@ -54,6 +54,25 @@ def test_linear_of_classes_that_training_lacks_never_says_them():
         linear.fit(x[y == 1], y[y == 1], np.arange((y == 1).sum()), num_classes=6, seed=0)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_penalty_is_chosen_on_some_of_many_rows_and_all_are_fitted(monkeypatch, several):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 200)
+    x = rng.normal(size=(200, 6)) + 2 * np.eye(6)[y]
+    fitted, fit = [], linear._fit
+    monkeypatch.setattr(linear, "_MOST_CHOSEN_ON", 80)
+    monkeypatch.setattr(linear, "_fit", lambda rows, *rest: fitted.append(len(rows)) or fit(rows, *rest))
+    if several:
+        linear.fit_multi_label(x, np.eye(3, dtype=bool)[y], seed=2)
+        fitted = fitted[::3]
+    else:
+        score = linear.fit(x, y, np.arange(200), num_classes=3, seed=2)
+        assert (score(x).argmax(1) == y).mean() > 0.85
+    assert len(set(fitted[:5])) == 1
+    assert 45 < fitted[0] < 75  # three quarters of 80
+    assert fitted[5:] == [200]
+
+
 def test_linear_of_one_image_a_class_fits_without_anything_held_out():
     x = np.array([[0.0, 1], [1, 0], [3, 3]], np.float32)
     found = linear.fit(x, np.array([0, 1, 2]), np.arange(3), num_classes=3, seed=0)(x)
