@@ -143,25 +143,32 @@ def _on_cells(pixels: Float[np.ndarray, "h w 1"], square: Square) -> Resampled:
     return resample(Raster(padded, all_positive(padded), corner, square.crs), square, pixels_per_cell=1)
 
 
+def rgb_cells(pixels: np.ndarray, gsd_m: float, *, row: int, column: int, side: int) -> Resampled:
+    """As pixels of ``hr`` the square of ``side`` cells from cell (row, column) on, among the whole cells in the middle
+    of an RGB image whose pixels measure ``gsd_m``."""
+    per_cell, all_cells = METRES_PER_CELL / gsd_m, own_cells(*pixels.shape[:2], pixel_size_m=gsd_m)
+    first_row, first_column = (math.floor((size - all_cells * per_cell) / 2 + 1e-6) for size in pixels.shape[:2])
+    if math.isclose(per_cell, _HR.pixels_per_cell):  # already on the row's grid
+        north, west, size = (i * _HR.pixels_per_cell for i in (row, column, side))
+        found = pixels[first_row + north :, first_column + west :][:size, :size]
+        return Resampled(np.ascontiguousarray(found), np.ones((size, size), bool))
+    corner = from_origin(_NOWHERE.west - first_column * gsd_m, _NOWHERE.north + first_row * gsd_m, gsd_m, gsd_m)
+    north, west = _NOWHERE.north - row * METRES_PER_CELL, _NOWHERE.west + column * METRES_PER_CELL
+    raster = Raster(pixels, np.ones(pixels.shape[:2], bool), corner, _NOWHERE.crs)
+    square = dataclasses.replace(_NOWHERE, north=north, west=west, cells=side)
+    return resample(raster, square, pixels_per_cell=_HR.pixels_per_cell)
+
+
 def _read_rgb(element: Mapping[str, Any], options: Options, *, gsd_m: float | None = None) -> Content:
     """The whole cells in the middle of an image that knows at most the size of its pixels."""
     gsd_m, pixels = gsd_m or options.gsd_m, element["image"]
     cells = own_cells(*pixels.shape[:2], pixel_size_m=gsd_m)
     if not cells:
         raise Refused(f"{pixels.shape[0]} x {pixels.shape[1]} pixels of {gsd_m:.4g} m hold no whole cell of 10 m")
-    row, column = (math.floor((size - cells * METRES_PER_CELL / gsd_m) / 2 + 1e-6) for size in pixels.shape[:2])
-    side = cells * _HR.pixels_per_cell
-    if math.isclose(gsd_m * _HR.pixels_per_cell, METRES_PER_CELL):  # already on the row's grid
-        images, valid = pixels[row : row + side, column : column + side], np.ones((side, side), bool)
-    else:
-        square = dataclasses.replace(_NOWHERE, cells=cells)
-        corner = from_origin(square.west - column * gsd_m, square.north + row * gsd_m, gsd_m, gsd_m)
-        raster = Raster(pixels, np.ones(pixels.shape[:2], bool), corner, square.crs)
-        found = resample(raster, square, pixels_per_cell=_HR.pixels_per_cell)
-        images, valid = found.pixels, found.valid
-    nothing, undated = np.zeros_like(valid), np.array([UNDATED], np.int32)
-    images = np.ascontiguousarray(images)[None]
-    return Content(cells, {_HR.name: Series(images, valid[None], nothing[None], undated, np.zeros(1, np.uint8), gsd_m)})
+    found = rgb_cells(pixels, gsd_m, row=0, column=0, side=cells)
+    nothing, undated = np.zeros_like(found.valid), np.array([UNDATED], np.int32)
+    series = Series(found.pixels[None], found.valid[None], nothing[None], undated, np.zeros(1, np.uint8), gsd_m)
+    return Content(cells, {_HR.name: series})
 
 
 SETS = {

@@ -17,10 +17,11 @@ import numpy as np
 from absl import logging
 
 from skysense_jax.data.checks import RecordError
+from skysense_jax.data.sample import SampleReader
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
 from skysense_jax.tasks import images
-from skysense_jax.tasks.cards import Card
+from skysense_jax.tasks.cards import RGB, Card
 from skysense_jax.tasks.examples import CHANGE, SCENE, Deferred, Example, Examples, Lazy, part_name, split_shares
 from skysense_jax.tasks.images import CardLabels, Pixels, Window
 
@@ -281,7 +282,10 @@ def _map(image: Image, window: Window, *, card: Card, overlapping: bool) -> Exam
     )
 
 
-def _sample(name: str, parts: Mapping[str, Pixels], window: Window, card: Card) -> Deferred:
+def _sample(name: str, parts: Mapping[str, Pixels], window: Window, card: Card) -> SampleReader:
+    first, *_ = parts.values()
+    if first.source.format == RGB:
+        return images.Picture(name, first.row, first.paths[0], window, card.gsd_m)
     made = Deferred(name, lambda: images.read_sample(parts, window, card, name=name))
     made.extent_cells = window.cells  # known without opening it
     return made

@@ -19,11 +19,12 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 from rasterio.errors import NotGeoreferencedWarning
 
+from skysense_jax.data import sample as samples
 from skysense_jax.data.checks import validate_sample
 from skysense_jax.data.sample import UNDATED, Sample, Series
 from skysense_jax.eval.ahead import kept
 from skysense_jax.eval.scores import IGNORED
-from skysense_jax.ingest.tfds_sets import SETS, Options
+from skysense_jax.ingest.tfds_sets import SETS, Options, rgb_cells
 from skysense_jax.modalities import METRES_PER_CELL, Modality
 from skysense_jax.tasks.cards import RGB, Card, Source
 from skysense_jax.tasks.examples import IMAGES_AT_ONCE
@@ -112,6 +113,39 @@ def windows(
 
 
 # ---- pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A part of a picture that is resampled where it is asked for: a ``SampleReader`` of one date of hr.
+
+    Attributes:
+      row: of hr.
+      path, part: what of which file.
+      gsd_m: size of its pixels.
+    """
+
+    id: str
+    row: Modality
+    path: pathlib.Path
+    part: Window
+    gsd_m: float
+
+    @property
+    def extent_cells(self) -> int:
+        return self.part.cells
+
+    def days(self, modality: str) -> np.ndarray:
+        return np.array([UNDATED] if modality == self.row.name else [], np.int32)
+
+    def window(self, modality: str, date: int, row: int, column: int, side: int) -> samples.Window:
+        assert (modality, date) == (self.row.name, 0), (modality, date)
+        pixels = inside(read_picture(self.path), self.part)
+        found = rgb_cells(pixels, self.gsd_m, row=row, column=column, side=side)
+        return samples.Window(found.pixels, found.valid, np.zeros_like(found.valid))
+
+    def labels_window(self, row: int, column: int, side: int) -> None:
+        return None
 
 
 def read_sample(

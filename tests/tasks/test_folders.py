@@ -173,6 +173,24 @@ def test_labels_of_pixels_that_do_not_divide_a_cell_are_the_nearest_ones(tmp_pat
     np.testing.assert_array_equal(exact, labels[3:43, 5:45] % 251)
 
 
+@pytest.mark.parametrize("gsd_m", [0.3125, 0.3, 0.5, 0.2])
+def test_window_of_a_picture_is_that_of_the_whole_resampled(tmp_path, gsd_m):
+    rng = np.random.default_rng(0)
+    path, part = tmp_path / "a.png", images.Window(7, 11, 263, int(263 * gsd_m / 10))
+    made_folders.picture(path, rng.integers(0, 256, (280, 290, 3), dtype=np.uint8))
+    card = _card("resisc45", gsd_m=gsd_m)
+    whole = images.read_sample({"hr": images.Pixels(HR["hr"], card.sources["hr"], (path,))}, part, card, name="a")
+    picture = images.Picture("a", HR["hr"], path, part, gsd_m)
+    assert picture.extent_cells == whole.extent_cells >= 5
+    assert (picture.days("hr").tolist(), picture.days("s2").tolist()) == (whole.days("hr").tolist(), [])
+    for row, column, side in ((0, 0, whole.extent_cells), (1, 2, 3), (whole.extent_cells - 1, 0, 1)):
+        got, wanted = (x.window("hr", 0, row, column, side) for x in (picture, whole))
+        np.testing.assert_array_equal(got.valid, wanted.valid)
+        assert got.valid.all()
+        assert got.pixels.shape == wanted.pixels.shape == (32 * side, 32 * side, 3)
+        assert np.abs(got.pixels.astype(int) - wanted.pixels).max() <= 1
+
+
 def test_pairs_of_dates_with_a_map_of_change(tmp_path):
     made_folders.levir(tmp_path)
     found = _read(tmp_path, CARDS["levir_cd"], HR)
