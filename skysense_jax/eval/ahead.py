@@ -32,19 +32,30 @@ def ahead(read: Callable[[Any], Any], items: Iterable[Any], *, depth: int = NUM_
                 future.cancel()
 
 
-def kept(count: int) -> Callable[[Callable], Callable]:
-    """``functools.lru_cache`` of ``count`` values, each made by one thread while the others wait for it."""
+def kept(num_bytes: int) -> Callable[[Callable], Callable]:
+    """A cache of arrays: as many of those asked for last as have ``num_bytes``, at least one.
+
+    Each is made by one thread, and others that ask for it wait.
+    """
 
     def decorate(function: Callable) -> Callable:
-        cached = functools.lru_cache(maxsize=count)(function)
-        locks = [threading.Lock() for _ in range(64)]  # of what is asked for: others seldom wait for each other
+        found: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
+        changing, making = threading.Lock(), [threading.Lock() for _ in range(64)]
 
         @functools.wraps(function)
         def ask(*args):
-            with locks[hash(args) % len(locks)]:
-                return cached(*args)
+            with making[hash(args) % len(making)]:  # who asks for another array seldom waits
+                with changing:
+                    if args in found:
+                        found.move_to_end(args)
+                        return found[args]
+                made = function(*args)
+                with changing:
+                    found[args] = made
+                    while len(found) > 1 and sum(array.nbytes for array in found.values()) > num_bytes:
+                        found.popitem(last=False)
+                return made
 
-        ask.cache_info, ask.cache_clear = cached.cache_info, cached.cache_clear
         return ask
 
     return decorate

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Num
 
 from skysense_jax import photometric
@@ -145,6 +145,15 @@ def replicated(tree: Any) -> Any:
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def placed(tree: Any) -> Any:
+    """Outside of jit: a tree that every process has, whole on every device of the mesh that is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.tree.map(jnp.asarray, tree)
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    place = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])  # noqa: E731
+    return jax.tree.map(place, tree)
 
 
 def _encode(model: nn.Module, modalities: tuple[Modality, ...], params: Any, window: Any) -> dict[str, Any]:

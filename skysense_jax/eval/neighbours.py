@@ -10,22 +10,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from skysense_jax.eval.features import num_batch_shards, replicated
+from skysense_jax.eval.features import num_batch_shards, placed, replicated
 from skysense_jax.sharding import BATCH, LOGICAL_AXIS_RULES
 
 K = 20  # [DINO]
 TEMPERATURE = 0.07  # [DINO]
 _MOST_SIMILARITIES = 2**28  # a gigabyte of them at once
-
-
-def _whole(rows: np.ndarray) -> jax.Array:
-    """On every device of the mesh that is set, once."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return jnp.asarray(rows)
-    return jax.device_put(rows, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -84,7 +77,7 @@ def classifier(
         raise ValueError(f"got labels {train_labels.min()} to {train_labels.max()}; wanted 0 to {num_classes - 1}")
     shards, most = num_batch_shards(), min(block, max(1, _MOST_SIMILARITIES // len(train_features)))
     how = dict(num_classes=num_classes, k=min(k, len(train_features)), temperature=temperature)
-    known, labels = _whole(train_features), _whole(train_labels)
+    known, labels = placed((train_features, train_labels))
 
     def classes_of(features: Float[np.ndarray, "L D"]) -> Int[np.ndarray, " L"]:
         size, found = -(-min(most, max(len(features), 1)) // shards) * shards, []

@@ -228,7 +228,7 @@ def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request
 
 
 def _open_first(examples: Examples, model: Model) -> None:
-    """Reads one sample: a wrong unit is in all of them."""
+    """Reads one sample, whether it has anything that the model knows."""
     first = examples[0]
     for sample in (first.before, first.after):
         if sample is not None and not any(len(sample.days(row.name)) for row in model.rows):

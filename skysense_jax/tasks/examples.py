@@ -39,7 +39,7 @@ class Example:
     @property
     def image(self) -> str:
         """The name of the image that it is, or is a part of."""
-        return self.id.partition(_PART)[0]
+        return image_of(self.id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,11 @@ class Part:
 def part_name(image: str, row: int, column: int) -> str:
     """The id of a part of an image."""
     return f"{image}{_PART}{row},{column}"
+
+
+def image_of(name: str) -> str:
+    """The image of which an example called so is, or is a part."""
+    return name.partition(_PART)[0]
 
 
 def check(examples: Examples, *, split: str) -> None:

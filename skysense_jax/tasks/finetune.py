@@ -12,16 +12,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from skysense_jax import optim
 from skysense_jax.eval import scores
-from skysense_jax.eval.features import num_batch_shards, replicated
+from skysense_jax.eval.ahead import ahead
+from skysense_jax.eval.features import num_batch_shards, placed, replicated
 from skysense_jax.tasks import forward, sliding, windows
 from skysense_jax.tasks.decoders import CellDecoder, LinearHead, UPerNet
 from skysense_jax.tasks.examples import CHANGE, KINDS, MAPS, MULTI_LABEL, SCENE, Example, Examples, check
@@ -168,13 +167,6 @@ def _prepare(model: Model, train: Examples, options: Options) -> tuple[Tuned, di
     return Tuned(network, rows, fused, head, kind, per_cell), window
 
 
-def _place(tree: Any) -> Any:
-    """The tree, whole on every device of the mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return jax.tree.map(jnp.asarray, tree)
-    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
-
-
 def _start(tuned: Tuned, model: Model, batch: Any, options: Options) -> tuple[State, optax.GradientTransformation]:
     # a copy: the state is donated, and the model stays as it is
     network = jax.tree.map(np.array, {part: model.params[part] for part in tuned.parts})
@@ -199,7 +191,7 @@ def _start(tuned: Tuned, model: Model, batch: Any, options: Options) -> tuple[St
     )
     frozen = network if options.freeze else {}
     moments = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(optimizer.init, params))
-    return State(*(_place(tree) for tree in (params, frozen, jax.device_get(statistics), moments))), optimizer
+    return State(*(placed(tree) for tree in (params, frozen, jax.device_get(statistics), moments))), optimizer
 
 
 def _update(tuned: Tuned, optimizer: Any, options: Options, state: State, batch: Any, step: Any) -> tuple[State, Any]:
@@ -267,14 +259,15 @@ def _window_logits(
     result: Result, kind: str, items: Iterable[tuple[Example, sliding.Place]], *, count: int
 ) -> Float[np.ndarray, "N *rest"]:
     """Logits of ``count`` windows of examples, in order; read and computed a batch at a time."""
-    shards, items, found = num_batch_shards(), iter(items), []
+    shards, found = num_batch_shards(), []
     size = -(-min(result.options.batch_size, count) // shards) * shards
-    while part := list(itertools.islice(items, size)):
-        read = [
-            windows.read_window(example, result.tuned.rows, kind=kind, place=place, **result.window)
-            for example, place in part
-        ]
-        batch = windows.stack(read + read[-1:] * (size - len(read)))  # one shape, one compilation
+
+    def read(item: tuple[Example, sliding.Place]) -> windows.Element:
+        return windows.read_window(item[0], result.tuned.rows, kind=kind, place=item[1], **result.window)
+
+    elements = ahead(read, items, depth=size)
+    while part := list(itertools.islice(elements, size)):
+        batch = windows.stack(part + part[-1:] * (size - len(part)))  # one shape, one compilation
         found.append(np.asarray(_jit_logits(result.tuned, result.params, result.statistics, batch))[: len(part)])
     return np.concatenate(found)
 

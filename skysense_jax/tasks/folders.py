@@ -4,6 +4,7 @@ dates with a map of change, series.
 Headers and label maps are read at once, pixels when they are asked for. Next: recordsets.py, for samples of ours.
 """
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -16,20 +17,30 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from skysense_jax.data.checks import RecordError
-from skysense_jax.data.sample import SampleReader
+from skysense_jax.data.checks import RecordError, check_series
+from skysense_jax.data.sample import SampleReader, Series
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
 from skysense_jax.tasks import images
 from skysense_jax.tasks.cards import RGB, Card
-from skysense_jax.tasks.examples import CHANGE, SCENE, Deferred, Example, Examples, Lazy, part_name, split_shares
+from skysense_jax.tasks.examples import (
+    CHANGE,
+    SCENE,
+    Deferred,
+    Example,
+    Examples,
+    Lazy,
+    image_of,
+    part_name,
+    split_shares,
+)
 from skysense_jax.tasks.images import CardLabels, Pixels, Window
 
 TRAIN, TEST = SPLITS = ("train", "test")
 _MIDDLE_CELLS = 64  # of an image that has one label, at most: 2048 pixels of hr, the paper's extent
 _NAMED = 5  # things that an error lists
 _LEAST_NEW_SHARE = 0.1  # of the pixels of a part that is trained on with its overlap
-_LOOKED_AT = 8  # parts, to find one of the row's unit
+_LOOKED_AT = 8  # parts of a split, whether their numbers are of the row's unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,24 +242,39 @@ def _examples(
         made = [_scene(image, window, card, classes) for image, window in places]
     else:
         map_of = functools.partial(_map, card=card, overlapping=overlapping)
-        made = Lazy(len(places), lambda i: map_of(*places[i]), lambda i: places[i][0].name)
+        made = Lazy(len(places), lambda i: map_of(*places[i]), lambda i: image_of(places[i][0].name))
     return Examples(made, classes, card.kind, num_dates)
 
 
 def _check_units(places: Sequence[tuple[Image, Window]], card: Card) -> None:
-    """Raises what is wrong with all of a few parts: a wrong unit is in each, but one of them may hold no data."""
-    refused = []
-    for image, window in places[:: max(1, len(places) // _LOOKED_AT)][:_LOOKED_AT]:
-        try:
-            for date in (image.before, image.after):
-                if date:
-                    images.read_sample(date, window, card, name=image.name, of_whole=True)
-        except RecordError as error:
-            refused.append(error)
-        else:
-            return
-    if refused:
-        raise refused[0]
+    """Raises RecordError if in most of a few parts a modality's numbers are not of its unit.
+
+    A part of one number alone, such as a black one, counts if there is no other.
+    """
+    plain, telling = collections.defaultdict(list), collections.defaultdict(list)
+    for i in np.random.default_rng(0).permutation(len(places))[:_LOOKED_AT]:
+        image, window = places[i]
+        for date in filter(None, (image.before, image.after)):
+            sample = images.read_sample(date, window, card, name=image.name)
+            for pixels in date.values():
+                series, name = sample.series[pixels.row.name], pixels.row.name
+                known = series.images[series.valid]
+                if known.size:
+                    found = telling if known.min() < known.max() else plain
+                    found[name].append(_wrong(series, pixels.row, window, f"sample {image.name!r}, modality {name!r}"))
+    for name in plain.keys() | telling.keys():
+        told = telling[name] or plain[name]
+        wrong = [error for error in told if error]
+        if 2 * len(wrong) > len(told):
+            raise wrong[0]
+
+
+def _wrong(series: Series, row: Modality, window: Window, where: str) -> RecordError | None:
+    try:
+        check_series(series, row, window.cells, where)
+    except RecordError as error:
+        return error
+    return None
 
 
 def _check_sizes(image: Image, shape: tuple[int, int], card: Card) -> None:

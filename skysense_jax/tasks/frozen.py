@@ -42,7 +42,7 @@ class Options:
 
     Attributes:
       batch_size: windows encoded at a time.
-      max_cells: training cells of maps, drawn evenly over examples.
+      max_cells: training cells of maps, at most; drawn evenly over examples, of as many images as may be.
       seed: of what is drawn and held out.
       left_out: classes that do not enter means over classes.
     """

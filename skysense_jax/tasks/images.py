@@ -10,6 +10,7 @@ import itertools
 import math
 import pathlib
 import re
+import threading
 import warnings
 from collections.abc import Mapping
 
@@ -27,10 +28,11 @@ from skysense_jax.eval.scores import IGNORED
 from skysense_jax.ingest.tfds_sets import SETS, Options, rgb_cells
 from skysense_jax.modalities import METRES_PER_CELL, Modality
 from skysense_jax.tasks.cards import RGB, Card, Source
-from skysense_jax.tasks.examples import IMAGES_AT_ONCE
 
 _TIFF = (".tif", ".tiff")
 _EPSILON = 1e-6
+_KEPT_BYTES = 2 * 2**30  # of pictures, of stacks and of label maps: Potsdam's of examples.IMAGES_AT_ONCE twice over
+_QUIET = threading.Lock()  # filters of warnings are those of all threads
 Image.MAX_IMAGE_PIXELS = None  # scenes of 13 000 pixels are no attack
 
 
@@ -148,16 +150,11 @@ class Picture:
         return None
 
 
-def read_sample(
-    parts: Mapping[str, Pixels], window: Window, card: Card, *, name: str, of_whole: bool = False
-) -> Sample:
+def read_sample(parts: Mapping[str, Pixels], window: Window, card: Card, *, name: str) -> Sample:
     """The sample of a window; ``parts`` are the image's files by modality, the first one's pixels are the window's.
 
-    ``of_whole``: refuse what no whole image is, though a part may be: without a valid pixel, or with means that no
-    image of the row's unit has (all black, say).
-
     Raises:
-      ValueError: a file cannot be read, lacks a band, or does not hold the row's unit.
+      ValueError: a file cannot be read, lacks a band, or holds numbers out of the row's range.
     """
     first, *_ = parts.values()
     if first.source.format == RGB:
@@ -169,7 +166,7 @@ def read_sample(
         start = round(window.row / scale), round(window.column / scale)
         series = {pixels.row.name: _grid_series(pixels, start, window.cells) for pixels in parts.values()}
     sample = Sample(id=name, extent_cells=window.cells, series=series)
-    validate_sample(sample, [pixels.row for pixels in parts.values()], of_whole=of_whole)
+    validate_sample(sample, [pixels.row for pixels in parts.values()], of_whole=False)
     return sample
 
 
@@ -212,7 +209,7 @@ def _band(name: str) -> str:
     return re.sub(r"^B0(?=\d)", "B", name)
 
 
-@kept(2 * IMAGES_AT_ONCE)  # of two dates, or where one group of images ends and the next begins
+@kept(_KEPT_BYTES)
 def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
     """An 8-bit picture as RGB; raises ValueError if it is none."""
     try:
@@ -224,7 +221,7 @@ def read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
         raise ValueError(f"--dataset: {path} cannot be read as a picture: {error}") from error
 
 
-@kept(2 * IMAGES_AT_ONCE)
+@kept(_KEPT_BYTES)
 def _read_stack(paths: tuple[pathlib.Path, ...]) -> Shaped[np.ndarray, "T H W C"]:
     """The numbers of a file, or of a file a band."""
     if paths[0].suffix == ".npy":
@@ -241,7 +238,7 @@ def _read_stack(paths: tuple[pathlib.Path, ...]) -> Shaped[np.ndarray, "T H W C"
 
 def _opened(path: pathlib.Path) -> rasterio.DatasetReader:
     try:
-        with warnings.catch_warnings():
+        with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # it need not say where it lies
             return rasterio.open(path)
     except rasterio.RasterioIOError as error:
@@ -258,8 +255,10 @@ def _load(path: pathlib.Path) -> np.ndarray:
 
 def num_dates(pixels: Pixels) -> int:
     """Of an image; read from the header of a series."""
-    path = pixels.paths[0]
-    return len(_load(path)) if path.suffix == ".npy" and _load(path).ndim == 4 else 1
+    if pixels.paths[0].suffix != ".npy":
+        return 1
+    array = _load(pixels.paths[0])
+    return len(array) if array.ndim == 4 else 1
 
 
 @functools.lru_cache(maxsize=64)  # asked for again at once
@@ -279,7 +278,7 @@ def shape_of(path: pathlib.Path) -> tuple[int, int]:
 # ---- labels
 
 
-@kept(2 * IMAGES_AT_ONCE)
+@kept(_KEPT_BYTES)
 def read_labels(path: pathlib.Path, card: "CardLabels") -> UInt8[np.ndarray, "H W"]:
     """The class ids of a label file, IGNORED where there is none.
 

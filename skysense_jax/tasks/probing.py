@@ -48,7 +48,8 @@ class Probed:
     @property
     def facts(self) -> str:
         """What must be the same in every process: the images of all examples, in order, and what is read of them."""
-        return "\n".join((str(self), *self.train.classes, *self.train.image_names, *self.test.image_names))
+        dates = str(sorted(self.model.num_dates.items()))
+        return "\n".join((str(self), *self.train.classes, dates, *self.train.image_names, *self.test.image_names))
 
     @property
     def main(self) -> str:

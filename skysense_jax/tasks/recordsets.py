@@ -21,6 +21,7 @@ from skysense_jax.tasks.examples import (
     Example,
     Examples,
     Lazy,
+    image_of,
     split_shares,
 )
 from skysense_jax.tasks.folders import SPLITS, TEST, TRAIN
@@ -102,7 +103,7 @@ def _maps(files: Sequence[pathlib.Path], rows: Sequence[Modality], labels: Label
         if record.labels_window(0, 0, record.extent_cells) is None:
             continue
         labelled.append(i)
-        names.append(record.id)
+        names.append(image_of(record.id))
         num_dates = {name: max(most, len(record.days(name))) for name, most in num_dates.items()}
     if not labelled:
         raise ValueError(f"--dataset: none of the {len(source)} records of {files[0].parent} has a label map")

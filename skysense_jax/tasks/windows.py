@@ -4,6 +4,7 @@ An element holds the fields of eval.features.WholeSample with a leading axis of 
 detection, and "target". Next: forward.py, which computes on stacked elements.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from skysense_jax.eval.ahead import ahead, kept
+from skysense_jax.eval.ahead import ahead
 from skysense_jax.eval.features import read_whole
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
@@ -87,9 +88,9 @@ def epoch_order(examples: Examples, rng: np.random.Generator) -> np.ndarray:
     picture is to decode all of it."""
     if len(examples.images) == len(examples):
         return rng.permutation(len(examples))
-    images = [examples.images[i] for i in rng.permutation(len(examples.images))]
-    groups = (images[i : i + IMAGES_AT_ONCE] for i in range(0, len(images), IMAGES_AT_ONCE))
-    return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
+    drawn = rng.permutation(len(examples.images))
+    parts = ([examples.images[i] for i in some] for some in np.array_split(drawn, -(-len(drawn) // IMAGES_AT_ONCE)))
+    return np.concatenate([rng.permutation(np.concatenate(group)) for group in parts])
 
 
 def training_batches(
@@ -100,7 +101,9 @@ def training_batches(
     ``window``: the other arguments of ``read_window`` but its place. What is drawn for the n-th window depends on the
     seed and n alone.
     """
-    order_of = kept(2)(lambda epoch: epoch_order(examples, np.random.default_rng((seed, 0, epoch))))
+    order_of = functools.lru_cache(maxsize=2)(
+        lambda epoch: epoch_order(examples, np.random.default_rng((seed, 0, epoch)))
+    )
 
     def drawn(number: int) -> Element:
         epoch, within = divmod(number, len(examples))

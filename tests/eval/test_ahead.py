@@ -4,9 +4,10 @@ import threading
 import time
 from concurrent import futures
 
+import numpy as np
 import pytest
 
-from skysense_jax.eval.ahead import ahead, kept
+from skysense_jax.eval.ahead import NUM_THREADS, ahead, kept
 
 
 def test_results_come_in_order_and_no_more_items_are_taken_than_may_be_ahead():
@@ -26,6 +27,8 @@ def test_results_come_in_order_and_no_more_items_are_taken_than_may_be_ahead():
     assert taken == []
     with futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, found)
+        while len(taken) < 5:
+            time.sleep(0.01)
         time.sleep(0.1)
         assert taken == [0, 1, 2, 3, 4]
         release.set()
@@ -40,33 +43,55 @@ def test_several_threads_read():
     assert list(ahead(lambda i: barrier.wait(60) >= 0, range(3))) == [True] * 3
 
 
-def test_error_is_raised_in_its_place_and_what_was_begun_is_left():
+def test_error_is_raised_in_its_place_and_what_was_not_begun_never_is():
+    asked, go_on = [], threading.Event()
+
     def read(i):
+        asked.append(i)
         if i == 2:
             raise OSError("no such file")
+        assert i < 2 or go_on.wait(60)
         return i
 
-    found = ahead(read, range(10))
+    found = ahead(read, range(100), depth=20)
     assert [next(found), next(found)] == [0, 1]
+    threading.Timer(0.2, go_on.set).start()  # those that were begun end, and the pool with them
     with pytest.raises(OSError, match="no such file"):
         next(found)
-    assert list(found) == []
+    assert sorted(asked) == list(range(len(asked)))
+    assert len(asked) <= 3 + NUM_THREADS
 
 
-def test_value_is_made_once_however_many_threads_ask_and_the_oldest_is_dropped():
-    made, begun = [], threading.Event()
+def test_value_is_made_once_however_many_threads_ask_and_as_many_bytes_are_kept_as_may_be():
+    made = []
 
-    @kept(2)
+    @kept(2 * 80)
     def slow(key):
         made.append(key)
-        begun.set()
         time.sleep(0.05)
-        return key.upper()
+        return np.full({"large": 50}.get(key, 10), ord(key[0]), np.float64)
 
     with futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(slow, "aaaaaaaa")) == ["A"] * 8
+        assert [array[0] for array in pool.map(slow, "aaaaaaaa")] == [97] * 8
     assert made == ["a"]
-    assert [slow(key) for key in "baca"] == ["B", "A", "C", "A"]
+    assert [slow(key)[0] for key in "bacac"] == [98, 97, 99, 97, 99]
     assert made == ["a", "b", "c"]
-    assert slow("b") == "B"
+    slow("b")
     assert made == ["a", "b", "c", "b"]
+    assert slow("large").size == slow("large").size == 50  # alone more than may be kept
+    slow("b")
+    assert made == ["a", "b", "c", "b", "large", "b"]
+
+
+def test_what_failed_is_asked_for_again():
+    tried = []
+
+    @kept(80)
+    def fail(key):
+        tried.append(key)
+        raise OSError(key)
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="a"):
+            fail("a")
+    assert tried == ["a", "a"]

@@ -69,13 +69,17 @@ def test_values_of_tune_are_of_the_kind_of_their_field(tmp_path):
 @pytest.mark.usefixtures("without_weights")
 def test_images_are_cut_into_larger_parts_to_fine_tune_on(tmp_path, monkeypatch):
     """So that windows have places to be drawn from, and overlap."""
-    made_folders.potsdam(tmp_path, side=(32 * 40, 32 * 40))
+    made_folders.potsdam(tmp_path, side=(32 * 40, 32 * 44))
     seen = []
     monkeypatch.setattr(finetune, "finetune", lambda model, train, test, **how: seen.append(train) or {"miou": 0.5})
     request = Request(model="", dataset=f"potsdam:{tmp_path}", protocol="finetune")
     for asked in (request, dataclasses.replace(request, tile_cells=20)):
         evaluate.evaluate(asked)
-    assert [[example.before.extent_cells for example in train] for train in seen] == [[40] * 2, [20] * 8]
+    assert [[example.before.extent_cells for example in train] for train in seen] == [[40] * 2, [20] * 12]
+    assert all((example.target != 255).all() for train in seen for example in train)
+    request = dataclasses.replace(request, protocol="knn", tile_cells=20)
+    _, splits = evaluate.labelled(request, evaluate.load("", None, None), *evaluate.asked_dataset(request))
+    assert [(example.target != 255).mean() for example in splits["train"]] == [1, 1, 0.2] * 4
 
 
 @pytest.mark.usefixtures("without_weights")

@@ -11,6 +11,7 @@ from micro import mono_config
 from skysense_jax import assembly, sharding
 from skysense_jax.data import scenes
 from skysense_jax.eval import scores
+from skysense_jax.eval.features import placed
 from skysense_jax.tasks import finetune, windows
 from skysense_jax.tasks.examples import CHANGE, IGNORED, MULTI_LABEL, SCENE, SEGMENTATION, Example, Examples
 from skysense_jax.tasks.finetune import Options
@@ -152,8 +153,8 @@ def test_labels_are_learned_and_a_frozen_backbone_is_left_to_the_bit(model, kind
         again = finetune.tune(model, examples, examples, task=kind, options=options)
         np.testing.assert_array_equal(result.losses, again.losses)
         with jax.set_mesh(sharding.make_mesh(4, 2, 1, 1)):  # four samples on eight devices
-            placed = dataclasses.replace(result, params=finetune._place(jax.device_get(result.params)))
-            assert finetune.evaluate(placed, examples) == found
+            divided = dataclasses.replace(result, params=placed(jax.device_get(result.params)))
+            assert finetune.evaluate(divided, examples) == found
 
 
 def test_windows_of_scenes_are_the_largest_ones_up_to_twice_a_view(model):

@@ -6,8 +6,10 @@ import datetime
 import made_folders
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
+from skysense_jax.eval.ahead import kept
 from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES
 from skysense_jax.tasks import cards, folders, images, windows
@@ -71,18 +73,19 @@ def test_class_folders_in_splits_with_deeper_folders_as_fmow_has_them(tmp_path):
         np.testing.assert_array_equal(pixels, np.moveaxis(file.read(), 0, -1)[1:12][..., order])
 
 
-def test_epoch_of_windows_decodes_each_picture_and_label_once(tmp_path):
+def test_epoch_of_windows_decodes_each_picture_and_label_once(tmp_path, monkeypatch):
     names = CARDS["potsdam"].members["train"][: 3 * IMAGES_AT_ONCE]
     made_folders.potsdam(tmp_path, (*names, "7_13"), side=(70, 96))
     train = _read(tmp_path, CARDS["potsdam"], HR, tile_cells=1)["train"]
     assert len(train) == 9 * len(names)
-    for cache in (images.read_picture, images.read_labels):
-        cache.cache_clear()
+    for name, size in (("read_picture", 3 * 70 * 96), ("read_labels", 70 * 96)):  # caches that hold two groups
+        monkeypatch.setattr(images, name, kept(2 * IMAGES_AT_ONCE * size)(getattr(images, name).__wrapped__))
+    decoded, convert = [], Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(self.filename) or convert(self, mode))
     how = dict(num_dates={"hr": 1}, cells=1, per_cell=32)
     batches = windows.training_batches(train, (HR["hr"],), batch_size=9, num_steps=len(names), seed=0, **how)
     assert len([batch["target"].shape for batch in batches]) == len(names)
-    assert images.read_picture.cache_info().misses == len(names)
-    assert images.read_labels.cache_info().misses == len(names)
+    assert len(decoded) == len(set(decoded)) == 2 * len(names)
 
 
 def test_pictures_with_label_maps_are_cut_into_parts_that_cover_each_pixel_once(tmp_path):
@@ -147,6 +150,21 @@ def test_part_without_data_is_read_and_a_folder_without_is_refused(tmp_path):
     made_folders.geotiff(file, empty)
     read = [e for part in _read(tmp_path / "maps", card, S2).values() for e in part if e.image == "0"]
     assert not any(_whole(e.before, "s2").valid.any() for e in read)
+
+
+def test_unit_is_judged_by_most_of_the_parts_that_say_something_of_it(tmp_path):
+    made_folders.own_maps(tmp_path / "mixed", side=16)
+    made_folders.own_maps(tmp_path / "power", side=16)
+    north, rows = np.arange(16)[:, None, None] < 4, {**S2, **S1}
+    for i in range(3):
+        with rasterio.open(tmp_path / f"mixed/radar/{i}.tif") as opened:
+            decibels = np.moveaxis(opened.read(), 0, -1)
+        power = 10 ** (decibels / 10)
+        made_folders.geotiff(tmp_path / f"mixed/radar/{i}.tif", np.where(north, power, decibels))
+        made_folders.geotiff(tmp_path / f"power/radar/{i}.tif", np.where(north, 0, power))  # no data in the north
+    card = cards.read(tmp_path / "power/card.json")
+    _refused(tmp_path / "power", card, rows, "looks like linear power", tile_cells=4)
+    _read(tmp_path / "mixed", card, rows, tile_cells=4)
 
 
 def test_most_dates_of_an_image_are_known(tmp_path):

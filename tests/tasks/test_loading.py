@@ -15,8 +15,11 @@ from skysense_jax.tasks import loading
 from skysense_jax.trees import named_leaves
 
 
-def _features(model):
+def _features(model, *, seen=True):
     sample = scenes.render(3, seed=1, extent_cells=6, modalities=("s2", "s1"), complete=True).sample
+    if not seen:
+        blind = lambda series: dataclasses.replace(series, valid=np.zeros_like(series.valid))  # noqa: E731
+        sample = dataclasses.replace(sample, series={name: blind(series) for name, series in sample.series.items()})
     (found,) = sample_features(
         model.network, model.params, model.rows, [sample], cells=model.cells, num_dates=model.num_dates, batch_size=4
     )
@@ -41,6 +44,9 @@ def test_run_and_its_export_are_one_network(run_dir, model_dir, tmp_path):
     first, second = _features(whole), _features(dataclasses.replace(of_run, rows=whole.rows))
     np.testing.assert_array_equal(first.fused, second.fused)
     assert first.fused_usable.all()
+    nothing = _features(whole, seen=False)
+    assert not nothing.fused_usable.any()
+    assert np.isfinite(nothing.fused).all()
 
 
 def test_modality_that_the_model_has_never_seen_is_refused(run_dir):

@@ -104,7 +104,14 @@ def test_processes_that_read_other_examples_are_told_apart(run, folder, monkeypa
     config = _config(("kinds", f"bigearthnet:{folder}", ""))
     _several(monkeypatch, [None, None])
     (probed,) = outputs.read_labelled(config, run)
-    assert probed.facts.splitlines()[1:5] == ["dark", "dry", "wet", "train/0"]
+    assert probed.facts.splitlines()[1:6] == [
+        "dark",
+        "dry",
+        "wet",
+        str([*sorted(probed.model.num_dates.items())]),
+        "train/0",
+    ]
+    assert probed.model.num_dates["s1"] == 1  # as many as the records have
     _several(monkeypatch, [None, np.zeros(32, np.uint8), None])
     with pytest.raises(ValueError, match=r"config.eval.datasets: processes \[1\] read other examples than process 0"):
         outputs.read_labelled(config, run)
