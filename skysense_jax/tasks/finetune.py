@@ -144,6 +144,16 @@ def _check(model: Model, train: Examples, test: Examples, task: str, options: Op
         check(examples, split=split)
 
 
+def _largest(examples: Examples, *, most: int) -> int:
+    """Cells along the largest example, at most ``most``; when one has as many, the rest is not opened."""
+    found = 0
+    for example in examples:
+        found = max(found, example.before.extent_cells)
+        if found >= most:
+            return most
+    return found
+
+
 def _prepare(model: Model, train: Examples, options: Options) -> tuple[Tuned, dict[str, Any]]:
     """What is computed, on which windows."""
     one = bool(options.modality) or len(model.rows) == 1
@@ -161,8 +171,7 @@ def _prepare(model: Model, train: Examples, options: Options) -> tuple[Tuned, di
         cells, per_cell = options.cells or model.cells, windows.label_pixels(train[0])
     else:
         head = LinearHead(len(train.classes))
-        largest = max(example.before.extent_cells for example in train)
-        cells, per_cell = options.cells or min(largest, 2 * model.cells), 1
+        cells, per_cell = options.cells or _largest(train, most=2 * model.cells), 1
     window = dict(num_dates={row.name: model.num_dates[row.name] for row in rows}, cells=cells, per_cell=per_cell)
     return Tuned(network, rows, fused, head, kind, per_cell), window
 
@@ -258,14 +267,14 @@ _jit_logits = jax.jit(_logits, static_argnums=0)
 def _window_logits(
     result: Result, kind: str, items: Iterable[tuple[Example, sliding.Place]], *, count: int
 ) -> Float[np.ndarray, "N *rest"]:
-    """Logits of ``count`` windows of examples, in order; read and computed a batch at a time."""
+    """Logits of windows of examples, in order, ``count`` or more; computed a batch at a time, and read ahead of it."""
     shards, found = num_batch_shards(), []
     size = -(-min(result.options.batch_size, count) // shards) * shards
 
     def read(item: tuple[Example, sliding.Place]) -> windows.Element:
         return windows.read_window(item[0], result.tuned.rows, kind=kind, place=item[1], **result.window)
 
-    elements = ahead(read, items, depth=size)
+    elements = ahead(read, items)
     while part := list(itertools.islice(elements, size)):
         batch = windows.stack(part + part[-1:] * (size - len(part)))  # one shape, one compilation
         found.append(np.asarray(_jit_logits(result.tuned, result.params, result.statistics, batch))[: len(part)])
@@ -286,13 +295,15 @@ def map_logits(result: Result, example: Example, *, kind: str) -> Iterator[tuple
 
 def _sample_logits(result: Result, examples: Examples) -> Float[np.ndarray, "N L"]:
     """Logits of whole samples: the mean over their windows."""
-    starts = [
-        sliding.starts(example.before.extent_cells, result.window["cells"], result.options.overlap)
-        for example in examples
-    ]
-    items = ((example, (row, column)) for example, first in zip(examples, starts) for row in first for column in first)
-    counts = [len(first) ** 2 for first in starts]
-    found = _window_logits(result, examples.kind, items, count=sum(counts))
+    counts: list[int] = []
+
+    def items() -> Iterator[tuple[Example, sliding.Place]]:
+        for example in examples:
+            starts = sliding.starts(example.before.extent_cells, result.window["cells"], result.options.overlap)
+            counts.append(len(starts) ** 2)
+            yield from ((example, place) for place in itertools.product(starts, starts))
+
+    found = _window_logits(result, examples.kind, items(), count=len(examples))
     return np.stack([part.mean(axis=0) for part in np.split(found, np.cumsum(counts)[:-1])])
 
 

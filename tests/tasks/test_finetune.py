@@ -13,7 +13,7 @@ from skysense_jax.data import scenes
 from skysense_jax.eval import scores
 from skysense_jax.eval.features import placed
 from skysense_jax.tasks import finetune, windows
-from skysense_jax.tasks.examples import CHANGE, IGNORED, MULTI_LABEL, SCENE, SEGMENTATION, Example, Examples
+from skysense_jax.tasks.examples import CHANGE, IGNORED, MULTI_LABEL, SCENE, SEGMENTATION, Example, Examples, Lazy
 from skysense_jax.tasks.finetune import Options
 from skysense_jax.tasks.loading import Model
 from skysense_jax.trees import named_leaves, path_string
@@ -165,6 +165,8 @@ def test_windows_of_scenes_are_the_largest_ones_up_to_twice_a_view(model):
     )[1]["cells"]
     assert model.cells == 4
     assert [side_of(5), side_of(5, 7), side_of(9, 3), side_of(9, cells=3)] == [5, 7, 8, 3]
+    opened = Lazy(3, lambda i: _examples(SCENE, 1, 8)[0] if i == 0 else pytest.fail("not needed"), str)
+    assert finetune._largest(Examples(opened, ("dark", "bright"), SCENE), most=8) == 8
 
 
 def test_fused_features_are_tuned_alike_on_one_device_and_on_eight(model):
