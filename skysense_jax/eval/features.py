@@ -53,7 +53,8 @@ class SampleFeatures:
     Attributes:
       fused: over all modalities and dates.
       fused_usable: where at least one modality and date was usable.
-      modality, modality_usable: per modality, mean over its usable dates; zero where there is none.
+      modality, modality_usable: per modality, mean over its usable dates; zero where there is none. Empty if they were
+        not asked for.
       whole: what was encoded.
     """
 
@@ -156,7 +157,9 @@ def placed(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def _encode(model: nn.Module, modalities: tuple[Modality, ...], params: Any, window: Any) -> dict[str, Any]:
+def _encode(
+    model: nn.Module, modalities: tuple[Modality, ...], fused_only: bool, params: Any, window: Any
+) -> dict[str, Any]:
     """Fused features, and per modality the mean over usable dates, of windows [B 1 ...]; whole on every device."""
     features = model.apply(
         {"params": params},
@@ -168,7 +171,7 @@ def _encode(model: nn.Module, modalities: tuple[Modality, ...], params: Any, win
         method="encode",
     )
     out = dict(fused=features.fused[:, 0].astype(jnp.float32), fused_usable=features.fused_usable[:, 0])
-    for name, x in features.modality.items():
+    for name, x in {}.items() if fused_only else features.modality.items():
         usable = features.usable[name][:, 0]
         total = jnp.where(usable[..., None], x[:, 0].astype(jnp.float32), 0.0).sum(axis=1)
         out[f"modality/{name}"] = total / jnp.maximum(usable.sum(axis=1), 1)[..., None]
@@ -177,7 +180,7 @@ def _encode(model: nn.Module, modalities: tuple[Modality, ...], params: Any, win
 
 
 # The network is a static argument: an equal one is compiled once, whoever asks.
-_jit_encode = jax.jit(_encode, static_argnums=(0, 1))
+_jit_encode = jax.jit(_encode, static_argnums=(0, 1, 2))
 
 
 def sample_features(
@@ -189,8 +192,9 @@ def sample_features(
     cells: int,
     num_dates: Mapping[str, int],
     batch_size: int,
+    fused_only: bool = False,
 ) -> Iterator[SampleFeatures]:
-    """Features of each sample, in order, on the host.
+    """Features of each sample, in order, on the host; ``fused_only``: those of each modality are left out.
 
     ``model`` is a SkySense. Runs under the mesh that is set, or without one. ``cells`` is the side of a window (that
     of the run's global views),
@@ -212,7 +216,8 @@ def sample_features(
             filled = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
             windows = [cut_window(wholes[i], modalities, row, column, cells) for i, row, column in filled]
             window = jax.tree.map(lambda *leaves: np.stack(leaves), *windows)
-            for key, values in jax.device_get(_jit_encode(model, modalities, params, window)).items():
+            encoded = _jit_encode(model, modalities, fused_only, params, window)
+            for key, values in jax.device_get(encoded).items():
                 for (i, row, column), value in zip(part, values):
                     side = max(chunk[i].extent_cells, cells)
                     canvas = stitched[i].setdefault(key, np.zeros((side, side, *value.shape[2:]), value.dtype))
@@ -222,7 +227,7 @@ def sample_features(
             yield SampleFeatures(
                 fused=found["fused"],
                 fused_usable=found["fused_usable"],
-                modality={m.name: found[f"modality/{m.name}"] for m in modalities},
-                modality_usable={m.name: found[f"modality_usable/{m.name}"] for m in modalities},
+                modality={m.name: found[f"modality/{m.name}"] for m in modalities if not fused_only},
+                modality_usable={m.name: found[f"modality_usable/{m.name}"] for m in modalities if not fused_only},
                 whole=whole,
             )

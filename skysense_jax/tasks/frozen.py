@@ -74,7 +74,7 @@ def check_classes(train: Examples) -> None:
 
 def encode(model: Model, examples: Examples, *, batch_size: int) -> Iterator[tuple[Example, Cells]]:
     """Each example with its cells, in order."""
-    how = dict(cells=model.cells, num_dates=model.num_dates, batch_size=batch_size)
+    how = dict(cells=model.cells, num_dates=model.num_dates, batch_size=batch_size, fused_only=True)
     waiting: list[Example] = []
 
     def samples() -> Iterator[SampleReader]:

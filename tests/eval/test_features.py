@@ -36,8 +36,8 @@ class Echo(nn.Module):
         return Features(cells, usable, fused, jnp.any(usable["s2"], axis=2), None)
 
 
-def _run(samples, cells=4, batch_size=3):
-    with_mesh = dict(cells=cells, num_dates=NUM_DATES, batch_size=batch_size)
+def _run(samples, cells=4, batch_size=3, **asked):
+    with_mesh = dict(cells=cells, num_dates=NUM_DATES, batch_size=batch_size, **asked)
     return list(features.sample_features(Echo(), {}, ROWS, samples, **with_mesh))
 
 
@@ -61,6 +61,14 @@ def test_sample_features_of_any_extent_are_where_their_cell_is(make_sample, exte
     rows, columns = np.mgrid[:extent, :extent] + 0.5
     np.testing.assert_allclose(found.fused[..., 0], rows, atol=1e-5)
     np.testing.assert_allclose(found.fused[..., 1], columns, atol=1e-5)
+
+
+def test_fused_features_alone_are_those_beside_the_modalities(make_sample):
+    (found,), (alone,) = _run([make_sample(6)]), _run([make_sample(6)], fused_only=True)
+    np.testing.assert_array_equal(alone.fused, found.fused)
+    np.testing.assert_array_equal(alone.fused_usable, found.fused_usable)
+    assert set(found.modality) == set(found.modality_usable) == {"hr", "s2", "s1"}
+    assert alone.modality == alone.modality_usable == {}
 
 
 def test_sample_features_read_even_dates_and_leave_out_cloud_and_nodata(make_sample):

@@ -153,8 +153,8 @@ class Carrier:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    def sample_features(network, params, rows, samples, *, cells, num_dates, batch_size):
-        assert (params, rows, cells, num_dates) == ({}, (), 4, {})
+    def sample_features(network, params, rows, samples, *, cells, num_dates, batch_size, fused_only):
+        assert (params, rows, cells, num_dates, fused_only) == ({}, (), 4, {}, True)
         for sample in list(samples):  # all are asked for before the first is given, as by whole batches
             yield SampleFeatures(sample.features, sample.usable, {}, {}, WholeSample({}, {}, {}, {}, {}))
 
