@@ -10,7 +10,7 @@ Every figure is stored under --out as soon as it is there, and the same run answ
 Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
 the label classes and the mean over all tasks, of nearest neighbours too, with 95 % t-intervals over seeds, and the
 differences from the question's first row, seed by seed. --json writes all raw figures into one file, --picture draws
-them. What was run, 1 to 3 seeds: results.md and study.json. How to read it: docs/evaluation.md.
+them. What was run: results.md and study.json. How to read it: docs/evaluation.md.
 """
 
 import argparse
@@ -350,9 +350,12 @@ def table(found: Mapping[str, Mapping[int, Any]], questions: Mapping[str, Mappin
 
 
 def picture(path: pathlib.Path, found: Mapping[str, Mapping[int, Any]]) -> pathlib.Path | None:
-    """Path of the picture: a panel a question, a line a row, its seeds as dots and their interval; None of nothing."""
+    """Path of the picture: a panel a question, a line a row, its seeds as dots and their interval.
+
+    A question of which one row was run compares nothing and has no panel; None if there is no other.
+    """
     told = {name: list(lines_of(name, rows, found)) for name, rows in QUESTIONS.items()}
-    told = {name: lines for name, lines in told.items() if lines}
+    told = {name: lines for name, lines in told.items() if len(lines) > 1}
     if not told:
         return None
     heights = [len(lines) + 1.5 for lines in told.values()]

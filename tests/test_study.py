@@ -265,7 +265,8 @@ def test_picture_is_drawn_of_what_is_there(tmp_path):
     found = {"losses/all": _figures(0.3, 0.4), "losses/mgcl_off": _figures(0.2)}
     path = study.picture(tmp_path / "study.png", found)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert study.picture(tmp_path / "none.png", {}) is None
+    for nothing in ({}, {"losses/all": _figures(0.3, 0.4), "merging/averaged": _figures(0.3, 0.4)}):
+        assert study.picture(tmp_path / "none.png", nothing) is None
     assert not (tmp_path / "none.png").exists()
 
 
