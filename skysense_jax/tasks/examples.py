@@ -16,7 +16,7 @@ from skysense_jax.eval.scores import IGNORED
 SCENE, MULTI_LABEL, SEGMENTATION, CHANGE = KINDS = ("scene", "multi_label", "segmentation", "change")
 MAPS = (SEGMENTATION, CHANGE)  # kinds whose target is a map
 _PART = "#"  # between the name of an image and the place of a part of it
-IMAGES_AT_ONCE = 8  # of which parts are read in turns: what reads files keeps as many, each may be 100 MB
+IMAGES_AT_ONCE = 8  # of which parts are read in turns; their files are kept meanwhile (images.py), each may be 100 MB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,7 +262,7 @@ def _check_units(places: Sequence[tuple[Image, Window]], card: Card) -> None:
                 if known.size:
                     found = telling if known.min() < known.max() else plain
                     found[name].append(_wrong(series, pixels.row, window, f"sample {image.name!r}, modality {name!r}"))
-    for name in plain.keys() | telling.keys():
+    for name in {**plain, **telling}:
         told = telling[name] or plain[name]
         wrong = [error for error in told if error]
         if 2 * len(wrong) > len(told):
