@@ -171,7 +171,7 @@ def _encode(
         method="encode",
     )
     out = dict(fused=features.fused[:, 0].astype(jnp.float32), fused_usable=features.fused_usable[:, 0])
-    for name, x in {}.items() if fused_only else features.modality.items():
+    for name, x in () if fused_only else features.modality.items():
         usable = features.usable[name][:, 0]
         total = jnp.where(usable[..., None], x[:, 0].astype(jnp.float32), 0.0).sum(axis=1)
         out[f"modality/{name}"] = total / jnp.maximum(usable.sum(axis=1), 1)[..., None]

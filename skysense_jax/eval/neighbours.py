@@ -39,21 +39,6 @@ def _vote(known, labels, asked, *, num_classes, k, temperature):
     return replicated(votes.argmax(axis=-1))
 
 
-def predict(
-    train_features: Float[np.ndarray, "N D"],
-    train_labels: Int[np.ndarray, " N"],
-    test_features: Float[np.ndarray, "L D"],
-    *,
-    num_classes: int,
-    k: int = K,
-    temperature: float = TEMPERATURE,
-    block: int = 4096,
-) -> Int[np.ndarray, " L"]:
-    """The class of each test row by its ``k`` nearest training rows: ``classifier``, asked once."""
-    given = dict(num_classes=num_classes, k=k, temperature=temperature, block=block)
-    return classifier(train_features, train_labels, **given)(test_features)
-
-
 def classifier(
     train_features: Float[np.ndarray, "N D"],
     train_labels: Int[np.ndarray, " N"],

@@ -156,7 +156,7 @@ def neighbour_probe(train: ProbeCells, test: ProbeCells, *, task: str, max_cells
     classes, labels = np.unique(train.targets[task][rows], return_inverse=True)
     if classes.size < 2 or not test_rows.size:
         return _NOTHING
-    found = neighbours.predict(train.features[rows], labels, test.features[test_rows], num_classes=len(classes))
+    found = neighbours.classifier(train.features[rows], labels, num_classes=len(classes))(test.features[test_rows])
     return score(test.targets[task][test_rows], classes[found])
 
 

@@ -148,7 +148,7 @@ def _images(
         return {LINEAR: scores.multi_label_scores(test_y, linear.fit_multi_label(x, y, seed=options.seed)(test_x))}
     count, found = len(train.classes), {}
     if KNN in protocols:
-        found[KNN] = scores.scene_scores(test_y, neighbours.predict(x, y, test_x, num_classes=count))
+        found[KNN] = scores.scene_scores(test_y, neighbours.classifier(x, y, num_classes=count)(test_x))
     if LINEAR in protocols:
         given = linear.fit(x, y, np.arange(len(y)), num_classes=count, seed=options.seed)(test_x)
         found[LINEAR] = scores.scene_scores(test_y, given.argmax(1), given)

@@ -12,8 +12,9 @@ import pathlib
 import re
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import cachetools
 import numpy as np
 import rasterio
 from jaxtyping import Shaped, UInt8
@@ -23,7 +24,6 @@ from rasterio.errors import NotGeoreferencedWarning
 from skysense_jax.data import sample as samples
 from skysense_jax.data.checks import validate_sample
 from skysense_jax.data.sample import UNDATED, Sample, Series
-from skysense_jax.eval.ahead import kept
 from skysense_jax.eval.scores import IGNORED
 from skysense_jax.ingest.tfds_sets import SETS, Options, rgb_cells
 from skysense_jax.modalities import METRES_PER_CELL, Modality
@@ -34,6 +34,15 @@ _EPSILON = 1e-6
 _KEPT_BYTES = 2 * 2**30  # of pictures, of stacks and of label maps: Potsdam's of examples.IMAGES_AT_ONCE twice over
 _QUIET = threading.Lock()  # filters of warnings are those of all threads
 Image.MAX_IMAGE_PIXELS = None  # scenes of 13 000 pixels are no attack
+
+
+def kept(num_bytes: int) -> Callable[[Callable], Callable]:
+    """A cache of arrays: as many of those asked for last as have ``num_bytes``, of a larger one it alone.
+
+    Each is made by one thread, and others that ask for it wait.
+    """
+    arrays = cachetools.LRUCache(num_bytes, getsizeof=lambda array: min(array.nbytes, num_bytes))
+    return cachetools.cached(arrays, condition=threading.Condition())
 
 
 @dataclasses.dataclass(frozen=True)

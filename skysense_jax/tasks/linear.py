@@ -16,7 +16,7 @@ from skysense_jax.eval.probes import fit_logistic
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # grid of LogisticRegression's C
 DEFAULT = 0.1  # where nothing can be held out
 _HELD_OUT_SHARE = 0.25
-_MOST_CHOSEN_ON = 50_000  # rows: more do not change which penalty is best, and five fits of them take hours
+_MOST_CHOSEN_ON = 50_000  # rows, our choice: five fits of hundreds of thousands would take hours (an estimate)
 _NEVER = -1e9  # the score of a class that nothing was trained on; finite, since maps interpolate scores
 
 Scorer = Callable[[np.ndarray], np.ndarray]

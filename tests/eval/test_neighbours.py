@@ -30,7 +30,7 @@ def _brute_force(train, labels, test, *, k):
 def test_prediction_equals_brute_force(k, block):
     train, labels = _blobs(211, seed=1)
     test, wanted = _blobs(57, seed=2)
-    found = neighbours.predict(train, labels, test, num_classes=5, k=k, block=block)
+    found = neighbours.classifier(train, labels, num_classes=5, k=k, block=block)(test)
     np.testing.assert_array_equal(found, _brute_force(train, labels, test, k=k))
     assert 0.5 < (found == wanted).mean() < 1  # neither chance nor too easy to tell two rules apart
 
@@ -50,25 +50,25 @@ def test_many_training_rows_are_compared_with_fewer_at_once(monkeypatch):
 def test_mesh_does_not_change_a_prediction():
     train, labels = _blobs(211, seed=1)
     test, _ = _blobs(57, seed=2)
-    alone = neighbours.predict(train, labels, test, num_classes=5)
+    alone = neighbours.classifier(train, labels, num_classes=5)(test)
     with jax.set_mesh(make_mesh(2, 2, 1, 2)):
-        np.testing.assert_array_equal(neighbours.predict(train, labels, test, num_classes=5, block=10), alone)
+        np.testing.assert_array_equal(neighbours.classifier(train, labels, num_classes=5, block=10)(test), alone)
 
 
 def test_fewer_rows_than_neighbours_all_vote_and_weights_decide():
     train = np.array([[1, 0], [0.1, 1], [0.1, 1]], np.float32)
-    found = neighbours.predict(train, np.array([2, 0, 0]), np.array([[5, 0.5]], np.float32), num_classes=3)
+    found = neighbours.classifier(train, np.array([2, 0, 0]), num_classes=3)(np.array([[5, 0.5]], np.float32))
     assert found.tolist() == [2]  # one near vote against two far ones
 
 
 def test_no_row_asked_is_no_answer():
     train, labels = _blobs(9, seed=1)
-    assert neighbours.predict(train, labels, train[:0], num_classes=5).shape == (0,)
+    assert neighbours.classifier(train, labels, num_classes=5)(train[:0]).shape == (0,)
 
 
 def test_no_neighbour_and_labels_out_of_range_are_refused():
     train, labels = _blobs(9, seed=1)
     with pytest.raises(ValueError, match="no training row"):
-        neighbours.predict(train[:0], labels[:0], train, num_classes=5)
+        neighbours.classifier(train[:0], labels[:0], num_classes=5)(train)
     with pytest.raises(ValueError, match=r"got labels .* wanted 0 to 2"):
-        neighbours.predict(train, np.full(9, 3), train, num_classes=3)
+        neighbours.classifier(train, np.full(9, 3), num_classes=3)(train)

@@ -9,7 +9,6 @@ import pytest
 import rasterio
 from PIL import Image
 
-from skysense_jax.eval.ahead import kept
 from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES
 from skysense_jax.tasks import cards, folders, images, windows
@@ -79,7 +78,7 @@ def test_epoch_of_windows_decodes_each_picture_and_label_once(tmp_path, monkeypa
     train = _read(tmp_path, CARDS["potsdam"], HR, tile_cells=1)["train"]
     assert len(train) == 9 * len(names)
     for name, size in (("read_picture", 3 * 70 * 96), ("read_labels", 70 * 96)):  # caches that hold two groups
-        monkeypatch.setattr(images, name, kept(2 * IMAGES_AT_ONCE * size)(getattr(images, name).__wrapped__))
+        monkeypatch.setattr(images, name, images.kept(2 * IMAGES_AT_ONCE * size)(getattr(images, name).__wrapped__))
     decoded, convert = [], Image.Image.convert
     monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(self.filename) or convert(self, mode))
     how = dict(num_dates={"hr": 1}, cells=1, per_cell=32)

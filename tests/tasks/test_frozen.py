@@ -242,9 +242,8 @@ def test_maps_are_scored_on_all_pixels(stand_in, protocol):
 
 def test_training_cells_are_no_more_than_asked_and_of_few_parts_evenly_over_images(stand_in):
     examples = _map_examples(np.random.default_rng(4), 60)
-    names = [
-        f"{i % 7}#{i},0" if i < 40 else f"{i}#0,0" for i in range(60)
-    ]  # seven images of five or six parts, 20 of one
+    # seven images of five or six parts, twenty of one
+    names = [f"{i % 7}#{i},0" if i < 40 else f"{i}#0,0" for i in range(60)]
     named = [dataclasses.replace(example, id=name) for example, name in zip(examples, names)]
     examples = dataclasses.replace(examples, examples=named)
     read = []

@@ -108,7 +108,7 @@ def test_processes_that_read_other_examples_are_told_apart(run, folder, monkeypa
         "dark",
         "dry",
         "wet",
-        str([*sorted(probed.model.num_dates.items())]),
+        str(sorted(probed.model.num_dates.items())),
         "train/0",
     ]
     assert probed.model.num_dates["s1"] == 1  # as many as the records have
