@@ -1,8 +1,11 @@
 """What is saved comes back to the bit on any mesh; what is damaged is found, told and passed over."""
 
+import os
 import pathlib
-import resource
+import re
 import shutil
+import subprocess
+import sys
 import types
 
 import jax
@@ -15,6 +18,8 @@ from states import assert_bits_equal, make_state, open_run, placed, put, save, s
 from skysense_jax import checkpoint, manifest
 from skysense_jax.checkpoint import restore_params
 from skysense_jax.digests import tree_digests
+
+TESTS = pathlib.Path(__file__).parent
 
 
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
@@ -277,16 +282,24 @@ def test_restore_older_without_a_manifest_is_damaged(tmp_path, errors):
     checkpoints.close()
 
 
-def test_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, errors, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_SHOWS_UP_S", 0.5)
-    checkpoints = saved_run(tmp_path, steps=(1,))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # writes beyond it fail as on a full disk
-    try:
-        with pytest.raises(Exception, match=r"File too large|EFBIG|is the disk full"):
-            save_and_wait(checkpoints, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+_SAVE_ON_A_FULL_DISK = """
+import resource, sys
+from skysense_jax import checkpoint
+from states import open_run, save_and_wait
+checkpoint._SHOWS_UP_S = 0.5
+checkpoints = open_run(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # writes beyond it fail as on a full disk
+save_and_wait(checkpoints, 2)
+"""
+
+
+def test_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path):
+    saved_run(tmp_path, steps=(1,)).close()
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    command = [sys.executable, "-c", _SAVE_ON_A_FULL_DISK, str(tmp_path)]  # its writers end with it, as a run's would
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert re.search("File too large|EFBIG|is the disk full", done.stderr), done.stderr
     checkpoints = open_run(tmp_path)
     restored = checkpoints.restore_latest(placed(make_state(), (1, 1)))
     assert restored.step == 1
