@@ -9,8 +9,9 @@ Several processes may share an --out, each with --only of its own.
 Every figure is stored under --out as soon as it is there, and the same run answers every question that it stands in.
 Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
 the label classes and the mean over all tasks, of nearest neighbours too, with 95 % t-intervals over seeds, and the
-differences from the question's first row, seed by seed. --json writes all raw figures into one file, --picture draws
-them. What was run: results.md and study.json. How to read it: docs/evaluation.md.
+differences from the question's first row, seed by seed. --json keeps all raw figures in one file, from which a study
+whose --out is gone goes on; --picture draws them. What was run: results.md and study.json. How to read it:
+docs/evaluation.md.
 """
 
 import argparse
@@ -183,7 +184,7 @@ class Store:
             return None
         found = json.loads(path.read_text())
         if found["config"] != made_by:
-            raise ValueError(f"{path} was made with another config or number of steps; take another --out")
+            raise ValueError(f"{path} was made with another config or number of steps; take another --out (and --json)")
         return found
 
     def of_twin(self, seed: int, *, made_by: str) -> dict[str, Any] | None:
@@ -195,6 +196,36 @@ class Store:
 
     def put(self, row: str, seed: int, figures: Mapping[str, Any]) -> None:
         write_whole(self._path(row, seed), json.dumps(figures, indent=1) + "\n")
+
+    def take(self, path: pathlib.Path) -> None:
+        """Puts in the figures of a file of ``write_raw`` that are not here yet."""
+        for row, of_row in read_raw(path).items():
+            for seed, figures in of_row.items():
+                if not self._path(row, seed).exists():
+                    self.put(row, seed, figures)
+
+
+def read_raw(path: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Per row and seed the figures of a file; of one that is not there, none.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+        return {row: {int(seed): dict(figures) for seed, figures in of_row.items()} for row, of_row in rows.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--json: {path} holds something else than the figures of a study ({error})") from error
+
+
+def write_raw(path: pathlib.Path, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+    """Writes figures beside those that the file has of other rows and seeds."""
+    before = read_raw(path)
+    whole = {row: {**before.get(row, {}), **found.get(row, {})} for row in {**before, **found}}
+    whole = {row: dict(sorted(of_row.items())) for row, of_row in whole.items()}
+    write_whole(path, json.dumps(whole, indent=1) + "\n")
 
 
 Train = Callable[[ConfigDict, Mapping[str, Any], int], tuple[pathlib.Path, float]]
@@ -388,7 +419,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run begins later than this")
     parser.add_argument("--only", action="append", help="a question, or QUESTION/ROW (may be repeated)")
     parser.add_argument("--list", action="store_true", help="rows, and the seeds of which there are figures; no run")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the raw figures of all rows asked for")
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="file of raw figures: what it has is not run again, the rest is added"
+    )
     parser.add_argument("--picture", type=pathlib.Path, help="PNG to draw")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.steps < 1 or not args.minutes > 0:
@@ -413,6 +446,8 @@ def run(args: argparse.Namespace) -> None:
     for variant in args.rows.values():
         config_lib.validate(applied(config, variant.fields))
     store = Store(args.out)
+    if args.json:
+        store.take(args.json)
     if args.list:
         given = dict(seeds=args.seeds, store=store, train=None, score=None, until=-math.inf)
         found = measure(args.rows, config, **given)
@@ -423,7 +458,7 @@ def run(args: argparse.Namespace) -> None:
     given = dict(seeds=args.seeds, store=store, train=runs.train, score=runs.score, until=until)
     found = measure(args.rows, config, **given)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_raw(args.json, found)
     if args.picture:
         picture(args.picture, found)
     print(table(found))

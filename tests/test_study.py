@@ -294,6 +294,29 @@ def test_command_writes_raw_figures_and_prints_the_table(tmp_path, capsys, monke
     assert raw["prompts/off"]["1"]["steps"] == 40
 
 
+def test_study_whose_directory_is_gone_goes_on_from_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study.learning, "write_records", lambda config, out: out / "records")
+    raw = tmp_path / "raw.json"
+
+    def run(out, row, seeds):
+        trained = Trained()
+        monkeypatch.setattr(study.Runs, "train", lambda self, *args: trained.train(*args))
+        monkeypatch.setattr(study.Runs, "score", lambda self, *args: trained.score(*args))
+        study.run(study.parse([f"--out={tmp_path / out}", f"--json={raw}", f"--only={row}", f"--seeds={seeds}"]))
+        return trained.runs
+
+    assert run("a", "prompts/off", 1) == [(0, 0)]
+    assert run("b", "prompts", 2) == [(4, 0), (4, 1), (0, 1)]
+    assert run("c", "prompts/on", 1) == []
+    rows = json.loads(raw.read_text())
+    assert {row: list(of_row) for row, of_row in rows.items()} == {"prompts/off": ["0", "1"], "prompts/on": ["0", "1"]}
+    for wrong in ("[1]", "{", '{"prompts/on": {"first": {}}}'):
+        raw.write_text(wrong)
+        with pytest.raises(ValueError, match=r"--json: .*raw.json holds something else than the figures of a study"):
+            run("d", "prompts/on", 1)
+        assert raw.read_text() == wrong
+
+
 def test_unknown_row_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.parse([f"--out={tmp_path}", "--only=loses"])
