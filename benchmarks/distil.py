@@ -3,7 +3,7 @@
     python -m benchmarks.distil --out=runs/distil            (hours on 2 cores; a second call goes on)
 
 Rows: `tiny` trained alone; its teacher, `tiny` at twice the width trained as the first row is; `tiny` with the
-objective of configs/distil.py. Scenes, probe, store and table are those of study.py. Not run yet.
+objective of configs/distil.py. Scenes, probe, store and table are those of study.py. What was run: results.md.
 """
 
 import argparse
