@@ -288,7 +288,8 @@ from skysense_jax import checkpoint
 from states import open_run, save_and_wait
 checkpoint._SHOWS_UP_S = 0.5
 checkpoints = open_run(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # writes beyond it fail as on a full disk
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))  # writes beyond it fail as on a full disk
 save_and_wait(checkpoints, 2)
 """
 
