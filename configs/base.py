@@ -134,7 +134,8 @@ def _model() -> dict:
             drop_path=0.2,  # as in the backbone [D]
         ),
         queries=dict(num_queries=64, mlp_ratio=4),  # one decoder layer at the fusion's width and head width [D]
-        heads=dict(hidden_dim=2048, bottleneck_dim=256, num_prototypes=8192),  # [D]
+        # [D]; which query it is takes log(num_queries) of the log(num_prototypes) nats that a target in L_QSACL tells
+        heads=dict(hidden_dim=2048, bottleneck_dim=256, num_prototypes=8192),
         text_dim=384,  # width of the text table's embeddings
     )
 

@@ -415,5 +415,6 @@ def _collapse_signals(seen: Seen, targets: Targets) -> dict[str, Any]:
             signals[f"target_entropy/{name}_{granularity}"] = entropy.of_rows
             signals[f"target_entropy_of_mean/{name}_{granularity}"] = entropy.of_mean
     if targets.queries is not None:
-        signals["query_usage"] = targets.queries.usage.value
+        signals["query_usage"] = targets.queries.says.value.usage
+        signals["query_content"] = targets.queries.says.value.content
     return signals

@@ -56,6 +56,7 @@ def _collapses(numbers, steps, **changes):
 HEALTHY = {  # of `tiny` after 75 steps
     "feature_std/hr": 0.277,
     "query_usage": 0.886,
+    "query_content": 1.16,
     "target_entropy/hr_pixel": 0.879,
     "target_entropy_of_mean/hr_pixel": 4.069,
     "experts/dropped": 0.1,
@@ -73,6 +74,7 @@ def test_healthy_numbers_and_signals_without_valid_rows_tell_nothing():
     [
         ("feature_std/hr", 0.01),
         ("query_usage", 1 / 16),
+        ("query_content", 0.04),
         ("target_entropy/hr_pixel", 0.99 * math.log(64)),
         ("target_entropy_of_mean/hr_pixel", 1.0),
         ("experts/dropped", 0.7),

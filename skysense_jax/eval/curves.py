@@ -24,6 +24,7 @@ _PANELS = (
     ("Spread of features", "0 collapsed, 1 isotropic", r"feature_std/(.+)", "from 0"),
     ("Gradient norm before clipping", "", r"(gradient_norm)", "log"),
     ("Use of the queries", "1/R all alike, 1 all differ", r"(query_usage)", "from 0"),
+    ("Targets of the queries: of what they see", "nats, 0 nothing", r"(query_content)", "from 0"),
     ("Time a step", "seconds", r"(step|input_wait)_seconds", "from 0"),
 )
 _EXPERTS = re.compile(r"experts/load_block(\d+)_expert(\d+)")

@@ -36,6 +36,7 @@ _CHARTS = (
     ("Learning rate", "", r"(learning_rate)", True),
     ("Spread of features", "0 collapsed, 1 isotropic", r"feature_std/(.+)", True),
     ("Use of the queries", "1: all differ", r"(query_usage)", True),
+    ("Targets of the queries: of what they see", "nats", r"(query_content)", True),
     ("Gradient norm", "before clipping", r"(gradient_norm)", True),
     ("Throughput", "samples a second", r"(samples_per_second)", True),
     ("Time a step", "seconds", r"(step|input_wait)_seconds", True),

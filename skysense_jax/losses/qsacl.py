@@ -30,6 +30,22 @@ Project = Callable[[Any], tuple[Any, Any]]  # standardised features [*rows D] to
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class QuerySays:
+    """What the teacher's targets tell. A query that is always the same prototypes is told apart by that alone, so of
+    log Z nats as many as log R go into which query it is (benchmarks/results.md): Z must be well above R.
+
+    Attributes:
+      usage: share of queries that can be told apart by what they stand for: 1/R if all are alike, 1 if none overlap.
+      content: nats that a target tells beyond its query, of the sample and the view; 0: a constant per query satisfies
+        the loss.
+    """
+
+    usage: Any
+    content: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class QueryTargets:
     """What the student's queries are compared with.
 
@@ -37,14 +53,14 @@ class QueryTargets:
       rows: the teacher's projected queries, of unit length; global views first.
       global_valid, local_valid: views with a usable cell.
       balance: what makes distributions of the rows.
-      usage: ``query_usage`` of those.
+      says: what those distributions tell.
     """
 
     rows: Any  # B Vg+Vl R bottleneck
     global_valid: Any  # B Vg
     local_valid: Any  # B Vl
     balance: Shared  # Balance
-    usage: Shared
+    says: Shared  # QuerySays
 
 
 def query_targets(
@@ -68,8 +84,8 @@ def query_targets(
     rows, of_teacher = balance(
         queries, valid, project=project, temperature=temperature, iterations=iterations, parts=parts
     )
-    usage = query_usage(rows, valid, of_teacher, parts=parts)
-    return QueryTargets(rows, global_valid, local_valid, Shared(of_teacher), Shared(usage))
+    says = query_says(rows, valid, of_teacher, parts=parts)
+    return QueryTargets(rows, global_valid, local_valid, Shared(of_teacher), Shared(says))
 
 
 def query_term(
@@ -116,19 +132,26 @@ def query_term(
     return Term(both.sum / 2, both.count / 2)
 
 
-def query_usage(
+def query_says(
     rows: Float[Array, "B V R D"], valid: Bool[Array, "B V R"], balance: Balance, *, parts: int = 1
-) -> Float[Array, ""]:
-    """Share of queries that can be told apart by what they stand for: 1/R if all are alike, 1 if none overlap.
+) -> QuerySays:
+    """What the distributions of the valid rows tell of the query, and of what it sees; 0 without a valid row.
 
-    exp(I) / R, where I = H(mean over r of p_r) - mean over r of H(p_r) is the mutual information between a query and
-    its prototype, p_r the mean target of query r over the valid rows. Our definition. 0 without a valid row.
+    With p_r the mean target of query r, usage is exp(H(mean over r of p_r) - mean over r of H(p_r)) / R, content is
+    mean over r of H(p_r) - mean over rows of H(row). Our definitions.
     """
-    mass = total(lambda part: balance.probs(*part).sum(1), (rows, valid), parts=parts).sum(0)  # R Z
+
+    def of_part(part):
+        probs = balance.probs(*part)
+        return probs.sum(1), entropy(probs).sum(1)  # of each sample: devices exchange them once
+
+    mass, entropies = (x.sum(0) for x in total(of_part, (rows, valid), parts=parts))  # R Z, R
     count = valid.sum((0, 1), dtype=jnp.float32)
     of_query = safe_divide(mass, count[:, None])
-    information = entropy(of_query.mean(0)) - entropy(of_query).mean()
-    return jnp.where(count.sum() > 0, jnp.exp(information) / rows.shape[2], 0.0)
+    of_queries = entropy(of_query)
+    usage = jnp.exp(entropy(of_query.mean(0)) - of_queries.mean()) / rows.shape[2]
+    content = (of_queries - safe_divide(entropies, count)).mean()
+    return QuerySays(jnp.where(count.sum() > 0, usage, 0.0), content)
 
 
 def _of_rows(of_views, num_queries):

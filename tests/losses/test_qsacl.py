@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import Standardise, cross_entropy, sinkhorn
+from sklearn import metrics as sklearn_metrics
 
 from skysense_jax.losses import contrastive, qsacl
 
@@ -88,18 +89,39 @@ def test_query_term_without_usable_views_is_zero_with_zero_gradient():
     np.testing.assert_array_equal(grad, 0)
 
 
+def _says(probs, valid, parts):
+    """Of rows whose distributions are ``probs``."""
+    temperature, num_prototypes = 1e-3, probs.shape[-1]  # rows are logs of distributions, so this is undone in them
+    statistics = contrastive.RowStatistics(np.zeros(num_prototypes), np.ones(num_prototypes))
+    prototypes = np.eye(num_prototypes, dtype=np.float32)
+    balance = contrastive.Balance(prototypes, np.zeros(num_prototypes), np.float32(temperature), statistics)
+    rows = (temperature * np.log(probs + 1e-30)).astype(np.float32)
+    return jax.jit(qsacl.query_says, static_argnames="parts")(rows, valid, balance, parts=parts)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(
     ("probs", "share"),
     [(np.eye(4), 1.0), (np.eye(4)[[2] * 4], 0.25), (np.full((4, 4), 0.25), 0.25), (np.eye(4)[[0, 0, 1, 1]], 0.5)],
 )
-def test_query_usage_counts_the_queries_that_can_be_told_apart(probs, share):
+def test_usage_counts_the_queries_that_can_be_told_apart_and_a_constant_per_query_has_no_content(probs, share, parts):
     valid = np.ones((3, 2, 4), bool)
     valid[1] = False
-    statistics = contrastive.RowStatistics(np.zeros(4), np.ones(4))
-    temperature = 1e-3  # rows are logs of distributions, so this is undone in them
-    rows = np.broadcast_to(temperature * np.log(probs + 1e-30), (3, 2, 4, 4)).astype(np.float32)
-    balance = contrastive.Balance(np.eye(4, dtype=np.float32), np.zeros(4), np.float32(temperature), statistics)
-    usage = jax.jit(qsacl.query_usage, static_argnames="parts")
-    for parts in (1, 3):
-        np.testing.assert_allclose(usage(rows, valid, balance, parts=parts), share, rtol=1e-5)
-    assert usage(rows, valid & False, balance) == 0
+    says = _says(np.broadcast_to(probs, (3, 2, 4, 4)), valid, parts)
+    np.testing.assert_allclose(says.usage, share, rtol=1e-5)
+    np.testing.assert_allclose(says.content, 0, atol=1e-5)
+    nothing = _says(np.broadcast_to(probs, (3, 2, 4, 4)), valid & False, parts)
+    assert (nothing.usage, nothing.content) == (0, 0)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_usage_and_content_are_the_mutual_informations_of_scikit_learn(parts):
+    rng = np.random.default_rng(3)
+    prototype, query = rng.integers(0, 7, (5, 4, 3)), np.broadcast_to(np.arange(3), (5, 4, 3))
+    prototype[..., 0] //= 4  # a query that says less
+    valid = np.broadcast_to(rng.random((5, 4, 1)) < 0.7, prototype.shape)
+    says = _says(np.eye(7)[prototype], valid, parts)
+    seen = prototype[valid], query[valid]
+    of_query = sklearn_metrics.mutual_info_score(*seen)
+    np.testing.assert_allclose(says.usage, np.exp(of_query) / 3, rtol=1e-5)
+    np.testing.assert_allclose(says.content, sklearn_metrics.mutual_info_score(seen[0], seen[0]) - of_query, rtol=1e-4)
