@@ -12,8 +12,7 @@ north-west corner, x to the east and y to the south, and radians from x towards 
 boxes have the angle 0. An oriented box is the same after half a turn, so its angle is learned as (cos 2a, sin 2a) and
 given out between -pi/2 and pi/2.
 
-Needs torch, safetensors, numpy. torchvision is not needed: its wheels did not load their operators beside the CPU build
-of torch that this was run with.
+Needs torch, safetensors, numpy, and not torchvision, whose detectors train on ``Pyramid`` too (docs/evaluation.md).
 """
 
 import argparse
