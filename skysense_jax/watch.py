@@ -106,12 +106,7 @@ class Collapses:
             ("target_entropy_of_mean/", False, 0.5 * most, "few prototypes are used: all rows say the same"),
             ("feature_std/", False, 0.05, "features of all images are nearly the same"),
             ("query_usage", False, 1.2 / num_queries, "all queries stand for the same"),
-            (
-                "query_content",
-                False,
-                0.1,
-                "targets of queries tell which query it is, not what it sees: too few prototypes",
-            ),
+            ("query_content", False, 0.1, "targets of queries hardly tell what a query sees: too few prototypes?"),
             ("experts/dropped", True, 0.5, "most choices find no place: few experts get all tokens"),
         )
         self._in_row, self._from_step = in_row, from_step

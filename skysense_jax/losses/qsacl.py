@@ -31,8 +31,9 @@ Project = Callable[[Any], tuple[Any, Any]]  # standardised features [*rows D] to
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuerySays:
-    """What the teacher's targets tell. A query that is always the same prototypes is told apart by that alone, so of
-    log Z nats as many as log R go into which query it is (benchmarks/results.md): Z must be well above R.
+    """What the teacher's targets tell of a query, of log Z nats that Z prototypes can tell.
+
+    Up to log R of them go into which query it is, a constant; Z must be well above R (benchmarks/results.md).
 
     Attributes:
       usage: share of queries that can be told apart by what they stand for: 1/R if all are alike, 1 if none overlap.
