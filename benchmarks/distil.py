@@ -6,8 +6,6 @@ Rows: `tiny` trained alone; its teacher, `tiny` at twice the width trained as th
 objective of configs/distil.py. Scenes, probe, store and table are those of study.py. What was run: results.md.
 """
 
-import argparse
-import math
 import pathlib
 import sys
 import time
@@ -16,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks import learning, study
+from benchmarks import figures, learning, study
 from configs import distil
 from skysense_jax import config as config_lib
 
@@ -47,18 +45,17 @@ class Runs(study.Runs):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=study.NUM_STEPS, help=f"of every run ({study.NUM_STEPS})")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no run begins later than this")
-    args = parser.parse_args()
-    until, out = time.monotonic() + 60 * args.minutes, args.out.resolve()
+    args = figures.read_arguments(figures.arguments(__doc__, num_steps=study.NUM_STEPS))
+    until = time.monotonic() + 60 * args.minutes
     config = study.study_config("configs/tiny.py", steps=args.steps)
     try:
-        runs = Runs("configs/tiny.py", out, learning.write_records(config, out))
-        given = dict(seeds=args.seeds, store=study.Store(out), train=runs.train, score=runs.score, until=until)
-        print(study.table(study.measure(ROWS, config, **given), QUESTIONS))
+        store = figures.Store(args.out, args.json)
+        runs = Runs("configs/tiny.py", args.out, learning.write_records(config, args.out))
+        given = dict(seeds=args.seeds, store=store, train=runs.train, score=runs.score, until=until)
+        found = study.measure(ROWS, config, **given)
+        if args.json:
+            figures.write_raw(args.json, found)
+        print(study.table(found, QUESTIONS))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -2,18 +2,18 @@
 
     python -m benchmarks.few_labels --out=runs/study            (shares the runs of benchmarks.study with that --out)
 
-Rows: raw bands of the 3x3 neighbourhood, the network untrained and the run's teacher, each under a linear classifier
-and k nearest neighbours; the same network trained on the labels alone, from scratch; and the teacher fine-tuned in the
-same way. Runs, labels that are drawn and weights from scratch change with the seed; scenes to test on do not. Every
-figure is stored under --out as soon as it is there. Results: benchmarks/results.md.
+Rows: raw bands of the 3x3 neighbourhood, the network untrained and the teachers of runs, each under a linear classifier
+and k nearest neighbours; the same network trained on the labels alone, from scratch; and the teachers fine-tuned in the
+same way. L_ITA reads the classes of the scenes that a run trains on, which are those asked for here: so there is a
+teacher that it was left out of, which saw no label at all. Runs, labels that are drawn and weights from scratch change
+with the seed; scenes to test on do not. Every figure is stored under --out as soon as it is there.
+Results: benchmarks/results.md and few_labels.json. Next: figures.py.
 """
 
-import argparse
 import dataclasses
-import functools
 import hashlib
+import itertools
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,30 +21,56 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from benchmarks import learning, study
-from skysense_jax import assembly, modalities, sharding
+from benchmarks import figures, learning, study
+from skysense_jax import assembly, modalities
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval import probes
 from skysense_jax.eval.features import read_whole
+from skysense_jax.launch import facts
 from skysense_jax.modalities import OSM, Modality
-from skysense_jax.tasks import finetune, frozen, loading
+from skysense_jax.models import skysense
+from skysense_jax.tasks import finetune, frozen, linear, loading
 from skysense_jax.tasks.examples import SEGMENTATION, Example, Examples, take_share
-from skysense_jax.train_state import create_state
 
 SHARES = (0.01, 0.1, 1.0)
-NUM_TRAIN, NUM_TEST = 100, 48  # scenes, those of a study's probe among them
+NUM_TRAIN, NUM_TEST = 100, 48  # scenes, of those of a study's probe the first
 FROZEN, TUNED = "frozen", "tuned"
-ROWS = {  # row: title, what is used (None: raw bands), and how
-    "raw": ("raw bands 3x3", None, FROZEN),
-    "untrained": ("untrained", "untrained", FROZEN),
-    "teacher": ("pre-trained", "teacher", FROZEN),
-    "scratch": ("supervised from scratch, all weights", "untrained", TUNED),
-    "tuned": ("pre-trained, then all weights tuned", "teacher", TUNED),
+NO_TEXT = study.QUESTIONS["losses"]["text_off"].fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+      title: in it.
+      protocol: FROZEN or TUNED.
+      fields: of the config of the run that gives the weights; None: they are initial ones.
+      raw: bands in place of a network.
+    """
+
+    title: str
+    protocol: str
+    fields: Mapping[str, Any] | None = None
+    raw: bool = False
+
+
+ROWS = {
+    "raw": Row("raw bands 3x3", FROZEN, raw=True),
+    "untrained": Row("untrained", FROZEN),
+    "no_text": Row("pre-trained without L_ITA", FROZEN, NO_TEXT),
+    "teacher": Row("pre-trained", FROZEN, {}),
+    "scratch": Row("supervised from scratch, all weights", TUNED),
+    "no_text_tuned": Row("pre-trained without L_ITA, then all weights tuned", TUNED, NO_TEXT),
+    "tuned": Row("pre-trained, then all weights tuned", TUNED, {}),
 }
+COMPARED = (  # differences that are told, seed by seed
+    *((row, less) for row in ("no_text", "teacher") for less in ("untrained", "raw")),
+    *((row, "scratch") for row in ("no_text_tuned", "tuned")),
+)
 # Of both tuned rows, the rate that suits a small network from scratch. Not searched.
 TUNING = finetune.Options(
     features="fused",
@@ -82,47 +108,53 @@ def raw_reader(rows: Sequence[Modality], num_dates: Mapping[str, int]) -> frozen
 
 
 class Networks:
-    """The untrained network and the teacher of a seed; runs are trained where they are missing."""
+    """The untrained network and the teachers of a seed; runs are trained where they are missing."""
 
     def __init__(self, config: ConfigDict, runs: study.Runs):
         self._config, self._runs = config, runs
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # one object, a seed at a time
-    def teacher(self, seed: int) -> loading.Model:
-        fields = {"optim.seed": seed, "data.seed": seed}
+    def of(self, fields: Mapping[str, Any] | None, seed: int) -> loading.Model:
+        """The teacher of the run with these fields, or what it started from."""
+        if fields is None:
+            return self.untrained(seed)
+        fields = {**fields, "optim.seed": seed, "data.seed": seed}
         workdir, _ = self._runs.train(study.applied(self._config, fields), fields, seed)
         return loading.load(workdir)
 
     def untrained(self, seed: int) -> loading.Model:
-        """What the run of the seed started from."""
-        model, mesh = self.teacher(seed), sharding.make_mesh(**self._config.mesh)
-        with jax.set_mesh(mesh):
-            shapes = assembly.batch_shapes(self._config, model.rows)
-            params = create_state(model.network, optax.identity(), shapes, seed=seed, mesh=mesh).teacher
-        return dataclasses.replace(model, params=jax.device_get(params), name="untrained")
+        """What every run of the seed starts from."""
+        rows = modalities.select(self._config.data.modalities, self._config.data.new_modalities)
+        network = skysense.build(rows, **self._config.model, **assembly.efficiency(self._config))
+        params = jax.device_get(learning.initial_params(self._config, rows, network, seed))
+        return loading.model_of(network, params, rows, self._config, "untrained")
 
 
 def score(
-    row: str, config: ConfigDict, networks: Networks, train: Examples, test: Examples, seed: int
+    row: Row, config: ConfigDict, networks: Networks, train: Examples, test: Examples, seed: int
 ) -> dict[str, dict[str, float]]:
     """Per protocol the scores of a row; raw bands need no run."""
-    _, weights, how = ROWS[row]
     options = frozen.Options(seed=seed)
-    if weights is None:
+    if row.raw:
         rows = modalities.select(config.data.modalities, config.data.new_modalities)
         read = raw_reader(rows, dict(config.data.num_dates))
         return frozen.evaluate_cells(read, train, test, options, protocols=frozen.PROTOCOLS)
-    model = getattr(networks, weights)(seed)
-    if how == TUNED:
+    model = networks.of(row.fields, seed)
+    if row.protocol == TUNED:
         tuning = dataclasses.replace(TUNING, seed=seed)
         return {TUNED: finetune.finetune(model, train, test, task=SEGMENTATION, options=tuning)}
     return frozen.evaluate(model, train, test, options, protocols=frozen.PROTOCOLS)
 
 
-def fingerprint(config: ConfigDict) -> str:
+def fingerprint(config: ConfigDict, protocol: str) -> str:
     """Of all that a figure depends on but its row, share and seed."""
-    here = hashlib.sha256(repr((TUNING, NUM_TRAIN, NUM_TEST)).encode()).hexdigest()[:8]
+    how = (TUNING,) if protocol == TUNED else (frozen.Options(), linear.INVERSE_PENALTIES)
+    here = hashlib.sha256(repr((*how, NUM_TRAIN, NUM_TEST)).encode()).hexdigest()[:8]
     return f"{config_lib.fingerprint(config, study.SECTIONS)} {here}"
+
+
+def cell_of(row: str, share: float) -> str:
+    """A figure's name."""
+    return f"few_labels/{row}_{share:g}"
 
 
 def measure(
@@ -130,67 +162,74 @@ def measure(
     rows: Sequence[str],
     *,
     seeds: int,
-    store: study.Store,
+    store: figures.Store,
     networks: Networks,
     until: float = math.inf,
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Per "row/share" and seed its figures, missing ones made first; none is begun after ``until`` (time.monotonic)."""
+    """Per name (``cell_of``) and seed the figures, missing ones made first; none begins after ``until`` (monotonic)."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    made_by = fingerprint(config)
     parts: tuple[Examples, ...] = ()
-    for seed in range(seeds):
-        for row in rows:
-            for share in SHARES:
-                cell = f"few_labels/{row}_{share:g}"
-                figures = store.get(cell, seed, made_by=made_by)
-                if figures is None and time.monotonic() < until:
-                    first = config.eval.first_index
-                    parts = parts or (
-                        labelled_scenes(config, first, NUM_TRAIN),
-                        labelled_scenes(config, first + NUM_TRAIN, NUM_TEST),
-                    )
-                    train, test = take_share(parts[0], share, seed=seed), parts[1]
-                    scores = score(row, config, networks, train, test, seed)
-                    figures = dict(config=made_by, num_train=len(train), scores=scores)
-                    store.put(cell, seed, figures)
-                    print(f"{cell} seed {seed}: {figures['scores']}", file=sys.stderr, flush=True)
-                if figures is not None:
-                    found.setdefault(f"{row}/{share:g}", {})[seed] = figures
+    for seed, row, share in itertools.product(range(seeds), rows, SHARES):
+        cell, made_by = cell_of(row, share), fingerprint(config, ROWS[row].protocol)
+        kept = store.get(cell, seed, made_by=made_by)
+        if kept is None and time.monotonic() < until:
+            first = config.eval.first_index
+            parts = parts or (
+                labelled_scenes(config, first, NUM_TRAIN),
+                labelled_scenes(config, first + NUM_TRAIN, NUM_TEST),
+            )
+            train, test = take_share(parts[0], share, seed=seed), parts[1]
+            scores = score(ROWS[row], config, networks, train, test, seed)
+            kept = dict(config=made_by, code=facts.code_digest(), num_train=len(train), scores=scores)
+            store.put(cell, seed, kept)
+            print(f"{cell} seed {seed}: {scores}", file=sys.stderr, flush=True)
+        if kept is not None:
+            found.setdefault(cell, {})[seed] = kept
     return found
 
 
 def table(found: Mapping[str, Mapping[int, Any]]) -> str:
-    """As markdown: mIoU by row and protocol, a column a share; what was not run says so."""
+    """As markdown: mIoU by row and protocol, a column a share; then differences; what was not run says so."""
+
+    def cells(row: str, protocol: str) -> list[dict[int, float]]:
+        of_row = [found.get(cell_of(row, share), {}) for share in SHARES]
+        return [{seed: x["scores"][protocol]["miou"] for seed, x in cell.items()} for cell in of_row]
+
+    def line(title: str, protocol: str, columns: Sequence[Mapping[int, float]], sign: str = "") -> str:
+        told = [f"{figures.interval(column.values()):{sign}}" if column else "not run" for column in columns]
+        return f"| {title} | {protocol} | {' | '.join(told)} | {max(map(len, columns))} |"
+
     heads = [f"{share:.0%} of {NUM_TRAIN} scenes" for share in SHARES]
     lines = [f"| mIoU | protocol | {' | '.join(heads)} | seeds |", "|---" * (len(SHARES) + 3) + "|"]
-    for row, (title, _, how) in ROWS.items():
-        for protocol in frozen.PROTOCOLS[::-1] if how == FROZEN else (TUNED,):
-            cells = [found.get(f"{row}/{share:g}", {}) for share in SHARES]
-            told = [
-                str(study.interval([x["scores"][protocol]["miou"] for x in cell.values()])) if cell else "not run"
-                for cell in cells
-            ]
-            lines.append(f"| {title} | {protocol} | {' | '.join(told)} | {max(map(len, cells))} |")
+    protocols = {name: frozen.PROTOCOLS[::-1] if row.protocol == FROZEN else (TUNED,) for name, row in ROWS.items()}
+    lines += [
+        line(row.title, protocol, cells(name, protocol)) for name, row in ROWS.items() for protocol in protocols[name]
+    ]
+    for name, less in COMPARED:
+        for protocol in protocols[name]:
+            pairs = zip(cells(name, protocol), cells(less, protocol))
+            apart = [{seed: own[seed] - other[seed] for seed in own.keys() & other.keys()} for own, other in pairs]
+            lines.append(line(f"{ROWS[name].title} - {ROWS[less].title}", protocol, apart, "+"))
     lines.append("")
     lines.append(f"- points, mean and 95 % t-interval over seeds; pixels of {NUM_TEST} held-out scenes")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
+    parser = figures.arguments(__doc__, num_steps=study.NUM_STEPS)
     parser.add_argument("--config", default="configs/tiny.py")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=study.NUM_STEPS, help=f"of every run ({study.NUM_STEPS})")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no figure is begun later than this")
     parser.add_argument("--only", action="append", choices=tuple(ROWS), help="rows (may be repeated)")
-    args = parser.parse_args()
-    until, out = time.monotonic() + 60 * args.minutes, args.out.resolve()
+    args = figures.read_arguments(parser)
+    until = time.monotonic() + 60 * args.minutes
     config = study.study_config(args.config, steps=args.steps)
     try:
-        networks = Networks(config, study.Runs(args.config, out, learning.write_records(config, out)))
-        given = dict(seeds=args.seeds, store=study.Store(out), networks=networks, until=until)
-        print(table(measure(config, args.only or tuple(ROWS), **given)))
+        store = figures.Store(args.out, args.json)
+        networks = Networks(config, study.Runs(args.config, args.out, learning.write_records(config, args.out)))
+        given = dict(seeds=args.seeds, store=store, networks=networks, until=until)
+        found = measure(config, args.only or tuple(ROWS), **given)
+        if args.json:
+            figures.write_raw(args.json, found)
+        print(table(found))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -21,13 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from skysense_jax import assembly, checkpoint, dry_run, metrics, modalities, sharding
+from skysense_jax import assembly, checkpoint, metrics, modalities, sharding
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval import probes
@@ -100,6 +101,16 @@ def steps_in(minutes: float, config: ConfigDict, config_file: str, out: pathlib.
     return int(_RESERVE * 60 * minutes / kept["seconds_per_step"])
 
 
+def initial_params(
+    config: ConfigDict, rows: tuple[modalities.Modality, ...], network: skysense.SkySense, seed: int
+) -> Any:
+    """What a run of the config with this seed starts from: parameters of student and teacher."""
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        shapes = assembly.batch_shapes(config, rows)
+        return create_state(network, optax.identity(), shapes, seed=seed, mesh=mesh).teacher
+
+
 _held_out_scenes = functools.lru_cache(maxsize=1)(probes.held_out_scenes)  # a study asks for the same ones again
 
 
@@ -112,12 +123,7 @@ class Probe:
     def __init__(self, config: ConfigDict, *, reads: Sequence[str] = ()):
         self._rows = modalities.select(config.data.modalities, config.data.new_modalities)
         self._model = skysense.build(self._rows, **config.model, **assembly.efficiency(config))
-        self._shapes = dry_run.batch_shapes(
-            self._rows,
-            batch_size=config.data.batch_size,
-            num_dates=dict(config.data.num_dates),
-            views=dict(config.data.views),
-        )
+        self._config, self._shapes = config, assembly.batch_shapes(config, self._rows)
         self._mesh = sharding.make_mesh(**config.mesh)
         self._shown = tuple(row for row in self._rows if row.name in reads)
         self._num_dates, self._cells = dict(config.data.num_dates), config.data.views.global_cells
@@ -131,9 +137,9 @@ class Probe:
 
     def untrained(self, seed: int) -> dict[str, float]:
         """The network that a run with this seed starts from."""
+        params = initial_params(self._config, self._rows, self._model, seed)
         with jax.set_mesh(self._mesh):
-            state = create_state(self._model, optax.identity(), self._shapes, seed=seed, mesh=self._mesh)
-            return self._scores(state.teacher)
+            return self._scores(params)
 
     def trained(self, workdir: pathlib.Path) -> dict[str, float]:
         """The teacher of the run's newest checkpoint."""

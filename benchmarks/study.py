@@ -7,11 +7,11 @@
 Several processes may share an --out, each with --only of its own.
 
 Every figure is stored under --out as soon as it is there, and the same run answers every question that it stands in.
-Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are, per row, parameters, mIoU of
-the label classes and the mean over all tasks, of nearest neighbours too, with 95 % t-intervals over seeds, and the
-differences from the question's first row, seed by seed. --json keeps all raw figures in one file, from which a study
-whose --out is gone goes on; --picture draws them. What was run: results.md and study.json. How to read it:
-docs/evaluation.md.
+Seeds are the outer loop: a study that ends early has its first seeds whole. Printed are parameters and mIoU of the
+label classes and of attributes that no loss sees, of a linear probe and of nearest neighbours, with 95 % t-intervals
+over seeds: of each question's first row, and what the others are above it, seed by seed. --json keeps all raw figures
+in one file, from which a study whose --out is gone goes on; --picture draws them. What was run: results.md and
+study.json. How to read it: docs/evaluation.md. Next: figures.py.
 """
 
 import argparse
@@ -22,15 +22,15 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 
 from benchmarks import learning
+from benchmarks.figures import Interval, Store, arguments, interval, read_arguments, write_raw, write_whole
 from skysense_jax import assembly, drawing, modalities
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
@@ -42,7 +42,13 @@ from skysense_jax.sharding import unbox
 PROBE_SCENES = dict(num_train_scenes=96, num_test_scenes=96)
 NUM_STEPS = 1200  # 300, as in the config, told no part of the method from another (results.md)
 SECTIONS = ("data", "model", "objective", "optim", "eval")  # of a config, what a figure depends on
-MEASURES = {"labels": f"{probes.LABELS} mIoU", "mean": "mean mIoU", "neighbours": "neighbours' mean mIoU"}
+MEASURES = {  # of a row, in points; an attribute is in no record, and no loss sees it
+    "labels": probes.LABELS,
+    "hidden": "hidden attributes",
+    "labels_knn": f"{probes.LABELS}, neighbours",
+    "hidden_knn": "hidden attributes, neighbours",
+}
+DRAWN = ("labels", "hidden")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,78 +162,6 @@ def num_parameters(config: ConfigDict) -> int:
 # ---- figures
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file, and its folder; a kill leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".incomplete")
-    whole.write_text(text)
-    whole.rename(path)
-
-
-class Store:
-    """What was measured, one file a row and seed; a file with another config is refused."""
-
-    def __init__(self, out: pathlib.Path):
-        self._out = out
-
-    def _path(self, row: str, seed: int) -> pathlib.Path:
-        return self._out / "figures" / f"{row.replace('/', '__')}_seed{seed}.json"
-
-    def get(self, row: str, seed: int, *, made_by: str) -> dict[str, Any] | None:
-        """The figures of a row, None if they are not there yet.
-
-        Raises:
-          ValueError: they were made by another config.
-        """
-        path = self._path(row, seed)
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        if found["config"] != made_by:
-            raise ValueError(f"{path} was made with another config or number of steps; take another --out (and --json)")
-        return found
-
-    def of_twin(self, seed: int, *, made_by: str) -> dict[str, Any] | None:
-        """The figures of any row of this config, None if there are none."""
-        stored = (
-            json.loads(path.read_text()) for path in sorted(self._path("", seed).parent.glob(f"*_seed{seed}.json"))
-        )
-        return next((figures for figures in stored if figures["config"] == made_by), None)
-
-    def put(self, row: str, seed: int, figures: Mapping[str, Any]) -> None:
-        write_whole(self._path(row, seed), json.dumps(figures, indent=1) + "\n")
-
-    def take(self, path: pathlib.Path) -> None:
-        """Puts in the figures of a file of ``write_raw`` that are not here yet."""
-        for row, of_row in read_raw(path).items():
-            for seed, figures in of_row.items():
-                if not self._path(row, seed).exists():
-                    self.put(row, seed, figures)
-
-
-def read_raw(path: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Per row and seed the figures of a file; of one that is not there, none.
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    if not path.exists():
-        return {}
-    try:
-        rows = json.loads(path.read_text())
-        return {row: {int(seed): dict(figures) for seed, figures in of_row.items()} for row, of_row in rows.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--json: {path} holds something else than the figures of a study ({error})") from error
-
-
-def write_raw(path: pathlib.Path, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
-    """Writes figures beside those that the file has of other rows and seeds."""
-    before = read_raw(path)
-    whole = {row: {**before.get(row, {}), **found.get(row, {})} for row in {**before, **found}}
-    whole = {row: dict(sorted(of_row.items())) for row, of_row in whole.items()}
-    write_whole(path, json.dumps(whole, indent=1) + "\n")
-
-
 Train = Callable[[ConfigDict, Mapping[str, Any], int], tuple[pathlib.Path, float]]
 Score = Callable[[ConfigDict, pathlib.Path | None, Variant], dict[str, float | None]]
 
@@ -303,107 +237,98 @@ class Runs:
 # ---- tables
 
 
+def measures(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Of one row and seed, mIoU of the linear probe and of nearest neighbours: of the label classes, and the mean over
+    the attributes that had something to tell apart."""
+
+    def of(task: str, kind: str) -> float:
+        value = scores[f"{task}/{kind}"]
+        return math.nan if value is None else value
+
+    found = {}
+    for kind, name in (("miou", ""), ("knn_miou", "_knn")):
+        hidden = [value for task in scenes.ATTRIBUTES if math.isfinite(value := of(task, kind))]
+        found |= {f"labels{name}": of(probes.LABELS, kind), f"hidden{name}": float(np.mean(hidden))}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and the half width of its 95 % t-interval; NaN of one seed alone."""
+class Line:
+    """A row that was run: its measures over seeds, seed by seed, and differences from the question's first row, paired
+    by seed (None: of the first row, or where they share no seed)."""
 
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        """In points."""
-        around = f" ± {100 * self.half:.1f}" if math.isfinite(self.half) else ""
-        return f"{100 * self.mean:.1f}{around}"
+    whole: Mapping[str, Interval]
+    seeds: Sequence[Mapping[str, float]]
+    apart: Mapping[str, Interval] | None
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Of scores, one a seed."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return Interval(float(values.mean()), math.nan)
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return Interval(float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values))))
-
-
-def measures(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Of one row and seed: mIoU of the label classes, and the mean over the tasks that had something to tell apart, of
-    the linear probe and of nearest neighbours."""
-    scores, tasks = figures["scores"], (probes.LABELS, *scenes.ATTRIBUTES)
-    mean = lambda kind: float(np.mean([x for task in tasks if (x := scores[f"{task}/{kind}"]) is not None]))  # noqa: E731
-    labels = scores[f"{probes.LABELS}/miou"]
-    return {"labels": math.nan if labels is None else labels, "mean": mean("miou"), "neighbours": mean("knn_miou")}
-
-
-def lines_of(
-    question: str, rows: Mapping[str, Variant], found: Mapping[str, Mapping[int, Any]]
-) -> Iterator[tuple[str, dict[str, Interval], dict[str, Interval] | None]]:
-    """Per row that was run: its name, its measures, and its differences from the first row's, paired by seed."""
-    first = found.get(f"{question}/{next(iter(rows))}", {})
-    for row in rows:
-        of_row = found.get(f"{question}/{row}", {})
-        if not of_row:
+def lines_of(question: str, rows: Iterable[str], found: Mapping[str, Mapping[int, Any]]) -> dict[str, Line]:
+    """Per row that was run what is told of it."""
+    names, lines, base = list(rows), {}, {}
+    for row in names:
+        own = {seed: measures(figures["scores"]) for seed, figures in found.get(f"{question}/{row}", {}).items()}
+        base = own if row == names[0] else base
+        if not own:
             continue
-        own = {seed: measures(figures) for seed, figures in of_row.items()}
-        whole = {key: interval([x[key] for x in own.values()]) for key in MEASURES}
-        shared = [seed for seed in own if seed in first]
-        apart = None
-        if shared and row != next(iter(rows)):
-            base = {seed: measures(first[seed]) for seed in shared}
-            apart = {key: interval([own[seed][key] - base[seed][key] for seed in shared]) for key in MEASURES}
-        yield row, whole, apart
+        shared = [seed for seed in own if seed in base and row != names[0]]
+        whole = {key: interval(x[key] for x in own.values()) for key in MEASURES}
+        apart = {key: interval(own[seed][key] - base[seed][key] for seed in shared) for key in MEASURES if shared}
+        lines[row] = Line(whole, list(own.values()), apart or None)
+    return lines
 
 
 def table(found: Mapping[str, Mapping[int, Any]], questions: Mapping[str, Mapping[str, Variant]] = QUESTIONS) -> str:
     """All questions that have a row, as markdown; what was not run says so."""
-    lines = []
+    text = []
     for question, rows in questions.items():
-        told = {row: rest for row, *rest in lines_of(question, rows, found)}
-        if not told:
+        lines = lines_of(question, rows, found)
+        if not lines:
             continue
-        heads = ["parameters", *MEASURES.values(), *(f"{title} - first row" for title in MEASURES.values()), "seeds"]
-        lines += [f"| {question} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        text += [f"| {question} | parameters | seeds | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
         for row, variant in rows.items():
-            if row not in told:
-                lines.append(f"| {variant.title} | not run |" + " |" * (len(heads) - 1))
+            if row not in lines:
+                text.append(f"| {variant.title} | not run |" + " |" * 5)
                 continue
-            (whole, apart), of_row = told[row], found[f"{question}/{row}"]
-            columns = [f"{next(iter(of_row.values()))['parameters']:,}", *map(str, whole.values())]
-            columns += [f"{x}" for x in apart.values()] if apart else [""] * len(MEASURES)
-            lines.append(f"| {variant.title} | {' | '.join(columns)} | {len(of_row)} |")
-        lines.append("")
+            line, of_row = lines[row], found[f"{question}/{row}"]
+            told = [f"{x:+}" for x in line.apart.values()] if line.apart else [f"{x}" for x in line.whole.values()]
+            parameters = next(iter(of_row.values()))["parameters"]
+            text.append(f"| {variant.title} | {parameters:,} | {len(of_row)} | {' | '.join(told)} |")
+        text.append("")
     cells = [figures for of_row in found.values() for figures in of_row.values()]
     steps = sorted({figures["steps"] for figures in cells})
-    lines.append(f"- {len(cells)} figures, runs of {' or '.join(map(str, steps)) or 'no'} steps; points, mean and")
-    lines[-1] += f" 95 % t-interval over seeds; jax {jax.__version__} on {jax.default_backend()}"
+    text += [f"- {len(cells)} figures, runs of {' or '.join(map(str, steps)) or 'no'} steps; mIoU in points, mean and"]
+    text[-1] += " 95 % t-interval over seeds; with a sign: above the question's first row, seed by seed"
     if (codes := len({figures.get("code") for figures in cells})) > 1:
-        lines[-1] += f"; {codes} versions of the code"
-    return "\n".join(lines)
+        text[-1] += f"; {codes} versions of the code"
+    return "\n".join(text)
 
 
 def picture(path: pathlib.Path, found: Mapping[str, Mapping[int, Any]]) -> pathlib.Path | None:
-    """Path of the picture: a panel a question, a line a row, its seeds as dots and their interval.
+    """Path of the picture: a panel a question and measure, a line a row, its seeds as dots and their interval.
 
     A question of which one row was run compares nothing and has no panel; None if there is no other.
     """
-    told = {name: list(lines_of(name, rows, found)) for name, rows in QUESTIONS.items()}
+    told = {name: lines_of(name, rows, found) for name, rows in QUESTIONS.items()}
     told = {name: lines for name, lines in told.items() if len(lines) > 1}
     if not told:
         return None
     heights = [len(lines) + 1.5 for lines in told.values()]
-    figure = drawing.new_figure(8.0, 0.32 * sum(heights))
-    grid = figure.subplots(len(told), 1, sharex=True, squeeze=False, height_ratios=heights).ravel()
-    for (question, lines), axes in zip(told.items(), grid):
-        for place, (row, whole, _) in enumerate(lines):
-            seeds = [100 * measures(figures)["mean"] for figures in found[f"{question}/{row}"].values()]
-            half = 100 * whole["mean"].half
-            around = half if math.isfinite(half) else None
-            axes.errorbar([100 * whole["mean"].mean], [place], xerr=around, fmt="D", color="black", capsize=3)
-            axes.plot(seeds, [place] * len(seeds), ".", color="tab:blue")
-        axes.set_yticks(range(len(lines)), [QUESTIONS[question][row].title for row, *_ in lines], fontsize=8)
-        axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.set_title(question, fontsize=9, loc="left")
-        axes.grid(axis="x", linewidth=0.4)
-    grid[-1].set_xlabel("mIoU in points, mean over tasks; dots: seeds, bar: 95 % interval")
+    figure = drawing.new_figure(11.0, 0.32 * sum(heights))
+    grid = figure.subplots(len(told), len(DRAWN), sharex="col", sharey="row", squeeze=False, height_ratios=heights)
+    for of_question, (question, lines) in zip(grid, told.items()):
+        for axes, key in zip(of_question, DRAWN):
+            for place, line in enumerate(lines.values()):
+                half = line.whole[key].half
+                around = 100 * half if math.isfinite(half) else None
+                axes.errorbar([100 * line.whole[key].mean], [place], xerr=around, fmt="D", color="black", capsize=3)
+                axes.plot([100 * x[key] for x in line.seeds], [place] * len(line.seeds), ".", color="tab:blue")
+            axes.grid(axis="x", linewidth=0.4)
+        of_question[0].set_yticks(range(len(lines)), [QUESTIONS[question][row].title for row in lines], fontsize=8)
+        of_question[0].set_ylim(len(lines) - 0.5, -0.5)
+        of_question[0].set_title(question, fontsize=9, loc="left")
+    for axes, key in zip(grid[-1], DRAWN):
+        axes.set_xlabel(f"{MEASURES[key]}, mIoU in points", fontsize=9)
+    grid[0, -1].set_title("dots: seeds, bar: 95 % interval", fontsize=8, loc="right")
     return drawing.save(figure, path)
 
 
@@ -411,27 +336,17 @@ def picture(path: pathlib.Path, found: Mapping[str, Mapping[int, Any]]) -> pathl
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where figures, records and runs are kept")
+    parser = arguments(__doc__, num_steps=NUM_STEPS)
     parser.add_argument("--config", default="configs/tiny.py")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"of every run ({NUM_STEPS})")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no run begins later than this")
     parser.add_argument("--only", action="append", help="a question, or QUESTION/ROW (may be repeated)")
     parser.add_argument("--list", action="store_true", help="rows, and the seeds of which there are figures; no run")
-    parser.add_argument(
-        "--json", type=pathlib.Path, help="file of raw figures: what it has is not run again, the rest is added"
-    )
     parser.add_argument("--picture", type=pathlib.Path, help="PNG to draw")
-    args = parser.parse_args(argv)
-    if args.seeds < 1 or args.steps < 1 or not args.minutes > 0:
-        parser.error("--seeds and --steps want 1 or more, --minutes more than 0")
+    args = read_arguments(parser, argv)
     unknown = [name for name in args.only or () if name not in QUESTIONS and name not in ROWS]
     if unknown:
         parser.error(f"--only: no {', '.join(unknown)}; wanted one of {', '.join(QUESTIONS)}, or QUESTION/ROW (--list)")
     asked = args.only or QUESTIONS
     args.rows = {row: variant for row, variant in ROWS.items() if row in asked or row.split("/")[0] in asked}
-    args.out = args.out.resolve()
     return args
 
 
@@ -445,9 +360,7 @@ def run(args: argparse.Namespace) -> None:
     config = study_config(args.config, steps=args.steps)
     for variant in args.rows.values():
         config_lib.validate(applied(config, variant.fields))
-    store = Store(args.out)
-    if args.json:
-        store.take(args.json)
+    store = Store(args.out, args.json)
     if args.list:
         given = dict(seeds=args.seeds, store=store, train=None, score=None, until=-math.inf)
         found = measure(args.rows, config, **given)

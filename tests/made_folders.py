@@ -144,9 +144,9 @@ def own_maps(root: pathlib.Path, *, side=12, each=3) -> pathlib.Path:
     return root
 
 
-def labelled_records(folder: pathlib.Path, *, splits=("train", "test"), each=4) -> pathlib.Path:
-    """Scenes with label maps and one date of s1, of which the index says that odd ones are wet and every third is dark
-    too."""
+def labelled_records(folder: pathlib.Path, *, splits=("train", "test"), each=4, without_s1=()) -> pathlib.Path:
+    """Scenes with label maps and one date of s1, but for some ids; the index says that odd ones are wet and every third
+    is dark too."""
     folder.mkdir()
     rows, index = [MODALITIES[name] for name in ("s2", "s1")], []
     for part, split in enumerate(splits):
@@ -156,6 +156,8 @@ def labelled_records(folder: pathlib.Path, *, splits=("train", "test"), each=4) 
                 fields = dataclasses.asdict(drawn.sample.series["s1"]).items()
                 s1 = {name: x[:1] if isinstance(x, np.ndarray) else x for name, x in fields}
                 series = {**drawn.sample.series, "s1": Series(**s1)}
+                if f"{split}/{i}" in without_s1:
+                    del series["s1"]
                 sample = dataclasses.replace(drawn.sample, id=f"{split}/{i}", series=series)
                 writer.write(encode_sample(sample, rows))
                 names = ["wet" if i % 2 else "dry"] + ["dark"] * (i % 3 == 0)

@@ -249,22 +249,32 @@ def test_table_pairs_differences_by_seed_and_says_what_was_not_run():
         "prompts/off": _figures(0.2),
     }
     text = study.table(found)
-    count = len(TASKS) - 1  # tasks with a score: one with v, the others with 2 v
-    mean = 100 * 0.30 * (1 + 2 * (count - 1)) / count
-    apart = -100 * 0.02 * (1 + 2 * (count - 1)) / count
-    assert f"| L_MGCL left out | 1,999 | {30.0} ± 25.4 | {mean:.1f} ± " in text
-    assert f"| -2.0 ± 0.0 | {apart:.1f} ± 0.0 | -1.0 ± 0.0 | 2 |" in text
-    assert "| all losses | 2,000 | 33.0 ± 6.6 |" in text
+    heads = "osm | hidden attributes | osm, neighbours | hidden attributes, neighbours"
+    assert text.startswith(f"| losses | parameters | seeds | {heads} |")
+    assert "| all losses | 2,000 | 3 | 33.0 ± 6.6 | 66.0 ± 13.1 | 16.5 ± 3.3 | 16.5 ± 3.3 |" in text
+    assert "| L_MGCL left out | 1,999 | 2 | -2.0 ± 0.0 | -4.0 ± 0.0 | -1.0 ± 0.0 | -1.0 ± 0.0 |" in text
     assert "| L_QSACL left out | not run |" in text
-    assert "| no prompts | 2,000 | 20.0 | " in text  # no interval, and no difference from a row that was not run
+    assert "| no prompts | 2,000 | 1 | 20.0 | 40.0 | 10.0 | 10.0 |" in text  # nothing to be above of
     assert "| granularity |" not in text
     assert "6 figures, runs of 300 steps" in text
 
 
-def test_picture_is_drawn_of_what_is_there(tmp_path):
+def test_picture_shows_each_seed_of_each_row_that_was_run(tmp_path, monkeypatch):
     found = {"losses/all": _figures(0.3, 0.4), "losses/mgcl_off": _figures(0.2)}
+    drawn, save = [], study.drawing.save
+    monkeypatch.setattr(study.drawing, "save", lambda figure, path: drawn.append(figure) or save(figure, path))
     path = study.picture(tmp_path / "study.png", found)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    labels, hidden = drawn[0].axes
+    assert [label.get_text() for label in labels.get_yticklabels()] == ["all losses", "L_MGCL left out"]
+    assert [axes.get_xlabel() for axes in (labels, hidden)] == [
+        f"{x}, mIoU in points" for x in ("osm", "hidden attributes")
+    ]
+    for axes, times in ((labels, 1), (hidden, 2)):
+        dots = [line for line in axes.lines if line.get_marker() == "."]
+        assert [list(line.get_xdata()) for line in dots] == [[times * 30.0, times * 40.0], [times * 20.0]]
+        assert [list(line.get_ydata()) for line in dots] == [[0, 0], [1]]
+        assert [float(bar.lines[0].get_xdata()[0]) for bar in axes.containers] == [times * 35.0, times * 20.0]
     for nothing in ({}, {"losses/all": _figures(0.3, 0.4), "merging/averaged": _figures(0.3, 0.4)}):
         assert study.picture(tmp_path / "none.png", nothing) is None
     assert not (tmp_path / "none.png").exists()
@@ -288,7 +298,7 @@ def test_command_writes_raw_figures_and_prints_the_table(tmp_path, capsys, monke
     monkeypatch.setattr(study.Runs, "score", lambda self, *args: trained.score(*args))
     flags = [f"--out={tmp_path}", "--only=prompts/off", "--seeds=2", "--steps=40", f"--json={tmp_path / 'raw.json'}"]
     study.run(study.parse(flags))
-    assert "| no prompts | 1,000 | 5.0 ± 63.5 |" in capsys.readouterr().out
+    assert "| no prompts | 1,000 | 2 | 5.0 ± 63.5 |" in capsys.readouterr().out
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert raw["prompts/off"]["1"]["scores"]["osm/miou"] == 0.1
     assert raw["prompts/off"]["1"]["steps"] == 40
@@ -308,11 +318,15 @@ def test_study_whose_directory_is_gone_goes_on_from_the_file(tmp_path, capsys, m
     assert run("a", "prompts/off", 1) == [(0, 0)]
     assert run("b", "prompts", 2) == [(4, 0), (4, 1), (0, 1)]
     assert run("c", "prompts/on", 1) == []
+    with pytest.raises(ValueError, match=r"raw.json: prompts/on was made with another config or number of steps"):
+        study.run(study.parse([f"--out={tmp_path / 'd'}", f"--json={raw}", "--only=prompts/on", "--steps=40"]))
+    study.run(study.parse([f"--out={tmp_path / 'd'}", f"--json={raw}", "--only=prompts", "--list"]))
+    assert not (tmp_path / "d").exists()  # nothing of another config stands in its way
     rows = json.loads(raw.read_text())
     assert {row: list(of_row) for row, of_row in rows.items()} == {"prompts/off": ["0", "1"], "prompts/on": ["0", "1"]}
     for wrong in ("[1]", "{", '{"prompts/on": {"first": {}}}'):
         raw.write_text(wrong)
-        with pytest.raises(ValueError, match=r"--json: .*raw.json holds something else than the figures of a study"):
+        with pytest.raises(ValueError, match=r"--json: .*raw.json holds something else than figures of a benchmark"):
             run("d", "prompts/on", 1)
         assert raw.read_text() == wrong
 
@@ -349,4 +363,4 @@ def test_distilled_row_learns_from_its_own_seeds_teacher(tmp_path, monkeypatch):
         assert teacher[1] == student[1] == 50
     text = study.table(found, distil.QUESTIONS)
     assert "| tiny alone | not run |" in text
-    assert "| tiny distilled | 1,004 | 50.0 ± 0.0 |" in text
+    assert "| tiny distilled | 1,004 | 2 | 50.0 ± 0.0 |" in text

@@ -180,11 +180,14 @@ def _drawn(train: ProbeCells, task: str, max_cells: int) -> Int[np.ndarray, " N"
 def raw_bands(whole: WholeSample, modalities: Sequence[Modality]) -> Float[np.ndarray, "P Q D"]:
     """The numbers of each cell's 3x3 neighbourhood: all drawn dates and bands, no learning.
 
-    Of a modality with several pixels a cell: the mean and the deviation of each band in the cell. Edges are repeated.
+    Standardised by the modality's mean and deviation, as the network reads them: neighbours would else see those of the
+    largest unit alone. Of a modality with several pixels a cell: the mean and the deviation of each band in the cell.
+    Edges are repeated.
     """
     parts = []
     for modality in modalities:
         images, per_cell = whole.images[modality.name].astype(np.float32), modality.pixels_per_cell
+        images = (images - np.float32(modality.mean)) / np.float32(modality.std)
         cells = images.shape[1] // per_cell
         blocks = images.reshape(images.shape[0], cells, per_cell, cells, per_cell, -1)
         statistics = [blocks.mean(axis=(2, 4))] + ([blocks.std(axis=(2, 4))] if per_cell > 1 else [])

@@ -2,7 +2,18 @@
 
 from importlib.util import find_spec
 
-_NEEDED = ("h5py", "netCDF4", "odc.stac", "osmium", "pyarrow", "pystac_client", "rasterio", "shapely", "xarray")
+_NEEDED = (
+    "cachetools",
+    "h5py",
+    "netCDF4",
+    "odc.stac",
+    "osmium",
+    "pyarrow",
+    "pystac_client",
+    "rasterio",
+    "shapely",
+    "xarray",
+)
 _MISSING = [name for name in _NEEDED if find_spec(name.split(".")[0]) is None]
 if _MISSING:
     raise ModuleNotFoundError(

@@ -13,16 +13,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES, Modality
 from skysense_jax.tasks import cards, finetune, folders, frozen, recordsets
 from skysense_jax.tasks.cards import CARDS, RECORDS, Card
-from skysense_jax.tasks.examples import KINDS, MULTI_LABEL, Examples, check, take_share
+from skysense_jax.tasks.examples import KINDS, MAPS, MULTI_LABEL, Example, Examples, check, take_share
 from skysense_jax.tasks.loading import Model, load
 
 FINETUNE = "finetune"
 PROTOCOLS = (*frozen.PROTOCOLS, FINETUNE)
 TILE_CELLS, TUNED_TILE_CELLS = 16, 64  # sides of parts; windows of fine-tuning overlap within theirs
+_LOOKED = 16  # examples of a split of which it is looked whether they have anything to read
 _COARSEST_M = 2 * 10 / MODALITIES["hr"].pixels_per_cell  # of pixels that hr takes
 _NOTE = "published by others, fine-tuned on the whole protocol; not run here"
 
@@ -58,6 +61,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     _check_flags(request)
     card, place = asked_dataset(request)
+    _check_used(request, card)
     tuning = _tuning(request, card) if request.protocol == FINETUNE else None
     model = load(request.model, modalities=request.modalities or None, step=request.step)
     if tuning and card.label and request.tile_cells and request.tile_cells < (tuning.cells or model.cells):
@@ -78,6 +82,8 @@ def evaluate(request: Request) -> dict[str, Any]:
         scores = frozen.evaluate(model, train, test, options, protocols=(request.protocol,))[request.protocol]
     train_share = None if _has_split(card, place) else request.train_share or card.train_shares[0]
     result = _result(request, card, model, train, test, train_share, scores)
+    result["unseen"] = unseen_rows(model, card, place, request)
+    result["bare"] = {split: bare_share(examples, model) for split, examples in splits.items()}
     if request.out is not None:
         (request.out / file_name(result)).write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -108,7 +114,9 @@ def labelled(
             raise ValueError(f"--dataset: no example in {split}")
         if checked:
             check(examples, split=split)
-        _open_first(examples, model)
+        if bare_share(examples, model) == 1:
+            names = ", ".join(row.name for row in model.rows)
+            raise ValueError(f"--dataset: {examples[0].id!r} and all others looked at in {split} have none of {names}")
     most = lambda name, count: max(examples.num_dates.get(name, count) for examples in splits.values())  # noqa: E731
     num_dates = {name: min(count, most(name, count)) for name, count in model.num_dates.items()}  # more are padding
     model = dataclasses.replace(model, num_dates=num_dates)
@@ -188,6 +196,17 @@ def _adapted(card: Card, request: Request) -> Card:
     return card
 
 
+def _check_used(request: Request, card: Card) -> None:
+    """Nothing, if what is asked for changes anything for this dataset."""
+    if request.l1c_as_s2 and S2_L1C.name not in card.sources:
+        told = "" if card.sources else ": records are of the row that they were written with; say it to from_tfds"
+        raise ValueError(f"--l1c_as_s2: {card.name} has no {S2_L1C.name} in folders{told}")
+    if request.tile_cells is not None and not card.label:
+        raise ValueError(f"--tile_cells: got {request.tile_cells}; only images with maps in folders are cut into parts")
+    if request.max_cells != Request.max_cells and card.kind not in MAPS:
+        raise ValueError(f"--max_cells: got {request.max_cells}; {card.kind} is fitted on one feature an image")
+
+
 def _has_split(card: Card, place: pathlib.Path) -> bool:
     """Whether the card or the folder says what is to train on."""
     return bool(card.splits or card.members) if card.sources else recordsets.has_split(place)
@@ -200,12 +219,10 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
       ValueError: there is none, or one that was asked for is not in the dataset.
     """
     known = {row.name: row for row in model.rows}
-    has = list(card.sources) or [row.name for row in recordsets.modalities_of(place)] or list(known)
+    has = _row_names(card, place) or list(known)
     rows = {name: known[name] for name in has if name in known}
     if S2_L1C.name in has and S2_L1C.name not in known and request.l1c_as_s2 and "s2" in known and "s2" not in has:
         rows[S2_L1C.name] = known["s2"]
-        if not card.sources:
-            raise ValueError("--l1c_as_s2: records are of the row that they were written with; say it to from_tfds")
     absent = [name for name in request.modalities if name not in {row.name for row in rows.values()}]
     if absent:
         raise ValueError(f"--modalities: {card.name} has no {', '.join(absent)}; it has {', '.join(has)}")
@@ -218,6 +235,16 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
     return rows
 
 
+def unseen_rows(model: Model, card: Card, place: pathlib.Path, request: Request) -> list[str]:
+    """Rows of the dataset that the network was not trained with, so that they are not read."""
+    seen = {row.name for row in model.network.backbone.modalities} | ({S2_L1C.name} if request.l1c_as_s2 else set())
+    return [name for name in _row_names(card, place) if name not in seen]
+
+
+def _row_names(card: Card, place: pathlib.Path) -> list[str]:
+    return list(card.sources) or [row.name for row in recordsets.modalities_of(place)]
+
+
 def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request: Request) -> dict[str, Examples]:
     how = dict(train_share=request.train_share or card.train_shares[0], seed=request.seed)
     if card.sources:
@@ -227,12 +254,15 @@ def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request
     return recordsets.read(place, kind=card.kind, rows=list(rows.values()), num_classes=card.num_classes, **how)
 
 
-def _open_first(examples: Examples, model: Model) -> None:
-    """Reads one sample, whether it has anything that the model knows."""
-    first = examples[0]
-    for sample in (first.before, first.after):
-        if sample is not None and not any(len(sample.days(row.name)) for row in model.rows):
-            raise ValueError(f"--dataset: {first.id!r} has none of {', '.join(row.name for row in model.rows)}")
+def bare_share(examples: Examples, model: Model) -> float:
+    """Of a few examples, evenly spaced, the share of those that have nothing that the model reads."""
+    places = np.linspace(0, len(examples) - 1, min(_LOOKED, len(examples))).astype(int).tolist()
+    return float(np.mean([_is_bare(examples[place], model) for place in places]))
+
+
+def _is_bare(example: Example, model: Model) -> bool:
+    samples = (sample for sample in (example.before, example.after) if sample is not None)
+    return not all(any(len(sample.days(row.name)) for row in model.rows) for sample in samples)
 
 
 def _tuning(request: Request, card: Card) -> finetune.Options:
@@ -294,8 +324,9 @@ def file_name(result: Mapping[str, Any]) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """A result as lines for a person; scores in per cent."""
     share = f", {result['label_share']:.3g} of the labels" if result["label_share"] < 1 else ""
+    unseen = f"; not read, as it has never seen them: {', '.join(result['unseen'])}" if result["unseen"] else ""
     lines = [
-        f"model     {result['model']['name']} ({', '.join(result['modalities'])})",
+        f"model     {result['model']['name']} ({', '.join(result['modalities'])}){unseen}",
         f"dataset   {result['dataset']['card']}, {result['task']}, {len(result['dataset']['classes'])} classes; "
         f"{result['num_train']} to train on{share}, {result['num_test']} to test on",
         f"protocol  {result['protocol']} on frozen features, seed {result['seed']}"
@@ -307,6 +338,10 @@ def table(result: Mapping[str, Any]) -> str:
             for name, value in result["scores"].items()
         ),
     ]
+    if any(result["bare"].values()):
+        names = ", ".join(result["modalities"])
+        shares = ", ".join(f"{share:.0%} in {split}" for split, share in result["bare"].items())
+        lines += ["", f"without {names}, of {_LOOKED} examples at most that were looked at: {shares}"]
     if result["published"]:
         lines += ["", f"{_NOTE}:"]
         lines += [

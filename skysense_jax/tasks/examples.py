@@ -6,6 +6,7 @@ them; frozen.py, which uses them.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from skysense_jax.eval.scores import IGNORED
 SCENE, MULTI_LABEL, SEGMENTATION, CHANGE = KINDS = ("scene", "multi_label", "segmentation", "change")
 MAPS = (SEGMENTATION, CHANGE)  # kinds whose target is a map
 _PART = "#"  # between the name of an image and the place of a part of it
+_PARTS = re.compile(rf"{_PART}\d+,\d+$")
 IMAGES_AT_ONCE = 8  # of which parts are read in turns; their files are kept meanwhile (images.py), each may be 100 MB
 
 
@@ -162,7 +164,7 @@ def part_name(image: str, row: int, column: int) -> str:
 
 def image_of(name: str) -> str:
     """The image of which an example called so is, or is a part."""
-    return name.partition(_PART)[0]
+    return _PARTS.sub("", name)
 
 
 def check(examples: Examples, *, split: str) -> None:

@@ -21,7 +21,7 @@ from skysense_jax import optim
 from skysense_jax.eval import scores
 from skysense_jax.eval.ahead import ahead
 from skysense_jax.eval.features import num_batch_shards, placed, replicated
-from skysense_jax.tasks import forward, sliding, windows
+from skysense_jax.tasks import forward, frozen, sliding, windows
 from skysense_jax.tasks.decoders import CellDecoder, LinearHead, UPerNet
 from skysense_jax.tasks.examples import CHANGE, KINDS, MAPS, MULTI_LABEL, SCENE, Example, Examples, check
 from skysense_jax.tasks.forward import Tuned
@@ -80,6 +80,8 @@ class Options:
             ("num_steps", "1 or more", self.num_steps >= 1),
             ("batch_size", "2 or more: batch norms need them", self.batch_size >= 2),
             ("learning_rate", "above 0", self.learning_rate > 0),
+            ("final_learning_rate", "0 to learning_rate", 0 <= self.final_learning_rate <= self.learning_rate),
+            ("warmup_steps", f"0 to num_steps ({self.num_steps})", 0 <= self.warmup_steps <= self.num_steps),
             ("layer_decay", "above 0, at most 1", 0 < self.layer_decay <= 1),
             ("drop_path", "0 to below 1", 0 <= self.drop_path < 1),
             ("decoder_width", "1 or more", self.decoder_width >= 1),
@@ -142,6 +144,7 @@ def _check(model: Model, train: Examples, test: Examples, task: str, options: Op
     check_form(model, shared=True, moe_from="end", why="fine-tuning has no rates by layer for another form")
     for split, examples in (("train", train), ("test", test)):
         check(examples, split=split)
+    frozen.check_classes(train)
 
 
 def _largest(examples: Examples, *, most: int) -> int:

@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from skysense_jax import photometric
 from skysense_jax.batch import Views
+from skysense_jax.eval.scores import IGNORED
 from skysense_jax.modalities import Modality
 from skysense_jax.models.skysense import SkySense, draw_drops
 from skysense_jax.sharding import constrain_batch
 from skysense_jax.tasks import objectives
 from skysense_jax.tasks.decoders import LinearHead, resize
-from skysense_jax.tasks.examples import CHANGE, MULTI_LABEL
+from skysense_jax.tasks.examples import CHANGE, MAPS, MULTI_LABEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,8 @@ def loss(
         return objectives.binary_cross_entropy(found, batch["target"]), statistics
     if tuned.kind == CHANGE:
         return objectives.binary_cross_entropy(found[..., 0], batch["target"]), statistics
-    return objectives.cross_entropy(found, batch["target"]), statistics
+    ignored = IGNORED if tuned.kind in MAPS else -1  # 255 may be a scene's class
+    return objectives.cross_entropy(found, batch["target"], ignored=ignored), statistics
 
 
 def init_head(tuned: Tuned, shapes: tuple[Sequence[Any], Any], *, seed: int) -> tuple[Any, Any]:

@@ -62,12 +62,20 @@ def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None, 
       RuntimeError: there are checkpoints, and none verifies.
     """
     directory = storage.run_directory(str(model), flag="--model")
-    if (directory / "checkpoints").exists():
-        return _of_run(directory, modalities, checkpoint.asked_step(directory, step))
-    if (directory / write.CONFIG).exists():
-        if step is not None:
-            raise ValueError(f"--step: got {step}; {directory} is an export, of one step; wanted the workdir of a run")
-        return _of_export(pathlib.Path(directory), modalities)
+    try:
+        if (directory / "checkpoints").exists():
+            return _of_run(directory, modalities, checkpoint.asked_step(directory, step))
+        if (directory / write.CONFIG).exists():
+            if step is not None:
+                raise ValueError(
+                    f"--step: got {step}; {directory} is an export, of one step; wanted the workdir of a run"
+                )
+            return _of_export(pathlib.Path(directory), modalities)
+    except (AttributeError, KeyError) as error:  # a field that this version adds
+        raise ValueError(
+            f"--model: the config of {directory} is not one of skysense_jax {__version__}: {error}; wanted the version "
+            "that trained it"
+        ) from error
     raise ValueError(
         f"--model: {directory} has neither checkpoints/ nor {write.CONFIG}; wanted the workdir of a run, or what "
         "skysense_jax.export wrote"

@@ -10,9 +10,11 @@ from jaxtyping import Array, Bool, Float, Integer
 from skysense_jax.eval.scores import IGNORED
 
 
-def cross_entropy(logits: Float[Array, "*rows L"], targets: Integer[Array, "*rows"]) -> Float[Array, ""]:
-    """Mean over rows whose target is not ``IGNORED``; 0 where all are."""
-    known = targets != IGNORED
+def cross_entropy(
+    logits: Float[Array, "*rows L"], targets: Integer[Array, "*rows"], *, ignored: int = IGNORED
+) -> Float[Array, ""]:
+    """Mean over rows whose target is not ``ignored``; 0 where all are."""
+    known = targets != ignored
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(known, targets, 0).astype(jnp.int32)
     )

@@ -141,17 +141,20 @@ def test_raw_bands_of_a_cell_are_its_own_and_its_neighbours_numbers():
         "hr": rng.integers(0, 255, (1, 96, 96, 3)).astype(np.uint8),
         "s1": rng.normal(-12, 3, (2, 3, 3, 2)).astype(np.float16),
     }
-    whole = features.WholeSample(images, {}, {}, {}, {})
-    got = probes.raw_bands(whole, rows)
+    got = probes.raw_bands(features.WholeSample(images, {}, {}, {}, {}), rows)
+    known = {"hr": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), "s1": ((-12.548, -20.192), (5.257, 5.912))}
+    standardised = {
+        name: (images[name].astype(np.float64) - np.array(mean)) / np.array(std) for name, (mean, std) in known.items()
+    }
     assert got.shape == (3, 3, 9 * (3 + 3 + 2 * 2))
     for p, q in ((0, 2), (1, 1)):
         wanted = []
         for dp in (-1, 0, 1):
             for dq in (-1, 0, 1):
                 r, c = np.clip((p + dp, q + dq), 0, 2)
-                cell = images["hr"][0, 32 * r : 32 * r + 32, 32 * c : 32 * c + 32].astype(np.float64)
-                wanted += [*cell.mean((0, 1)), *cell.std((0, 1)), *images["s1"][:, r, c].astype(np.float64).ravel()]
-        np.testing.assert_allclose(got[p, q], wanted, rtol=1e-4)
+                cell = standardised["hr"][0, 32 * r : 32 * r + 32, 32 * c : 32 * c + 32]
+                wanted += [*cell.mean((0, 1)), *cell.std((0, 1)), *standardised["s1"][:, r, c].ravel()]
+        np.testing.assert_allclose(got[p, q], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_probe_of_less_is_fitted_on_everything_and_scored_on_the_cells_that_all_see(monkeypatch):

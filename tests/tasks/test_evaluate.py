@@ -35,35 +35,69 @@ def test_command_on_maps_of_two_sensors_prints_and_writes_what_it_found(model_di
     ]
     for result in results:
         assert result["model"]["name"] == "task at step 4, exported"
-        assert result["modalities"] == ["s2", "s1"]
+        assert (result["modalities"], result["unseen"]) == (["s2", "s1"], [])
         assert (result["num_train"], result["num_test"]) == (2, 1)
         assert result["published"][0]["note"] == "published by others, fine-tuned on the whole protocol; not run here"
         scores = result["scores"]
         assert 0 <= scores["miou"] <= scores["accuracy"] <= 1
         assert f"miou                         {100 * scores['miou']:7.2f} %" in text
     assert results[1]["scores"]["miou"] > 0.3  # random weights keep what differs as plainly as this
+    assert "model     task at step 4, exported (s2, s1)\n" in text
     assert "dataset   mine, segmentation, 3 classes; 2 to train on, 1 to test on" in text
     assert "published by others, fine-tuned on the whole protocol; not run here:\n  Someone" in text
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_rows_that_the_model_never_saw_are_told(tmp_path, monkeypatch):
+    """So that nobody takes the score of one sensor for that of two."""
+    folder = made_folders.own_maps(tmp_path)
+    card = json.loads((folder / "card.json").read_text())
+    card["sources"]["naip"] = dict(files="x/{name}.tif")
+    (folder / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(frozen, "evaluate", lambda *_, protocols: {protocol: {"miou": 0.5} for protocol in protocols})
+    for modalities in ((), ("s2",)):
+        found = evaluate.evaluate(Request(model="", dataset=str(folder), modalities=modalities))
+        assert found["modalities"] == list(modalities or ("s2", "s1"))
+        assert found["unseen"] == ["naip"]  # s1 was not asked for
+        line = evaluate.table(found).splitlines()[0]
+        assert line.endswith(f"({', '.join(found['modalities'])}); not read, as it has never seen them: naip")
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_examples_without_a_sensor_are_told_and_only_all_of_them_are_refused(tmp_path, monkeypatch):
+    folder = made_folders.labelled_records(tmp_path / "records", without_s1=("train/0", "train/2", "test/3"))
+    monkeypatch.setattr(frozen, "evaluate", lambda *_, protocols: {protocol: {"miou": 0.5} for protocol in protocols})
+    request = Request(model="", dataset=str(folder), task="segmentation", modalities=("s1",))
+    found = evaluate.evaluate(request)
+    assert found["bare"] == {"train": 0.5, "test": 0.25}
+    assert "without s1, of 16 examples at most that were looked at: 50% in train, 25% in test" in evaluate.table(found)
+    both = evaluate.evaluate(dataclasses.replace(request, modalities=()))
+    assert both["bare"] == {"train": 0.0, "test": 0.0}
+    assert "without" not in evaluate.table(both)
+    nothing = made_folders.labelled_records(tmp_path / "none", without_s1=[f"train/{i}" for i in range(4)])
+    with pytest.raises(ValueError, match="--dataset: 'train/0' and all others looked at in train have none of s1"):
+        evaluate.evaluate(dataclasses.replace(request, dataset=str(nothing)))
 
 
 @pytest.mark.usefixtures("loaded_once")
 def test_command_fine_tunes_with_what_it_is_told(model_dir, tmp_path, capsys):
     folder = made_folders.own_maps(tmp_path / "mine")
-    tune = [f"--tune={entry}" for entry in ("num_steps=2", "batch_size=2", "decoder_width=8", "freeze=True")]
+    said = ["num_steps=2", "warmup_steps=1", "batch_size=2", "decoder_width=8", "freeze=True"]
+    tune = [f"--tune={entry}" for entry in said]
     main([f"--model={model_dir}", f"--dataset={folder}", "--protocol=finetune", f"--out={tmp_path / 'out'}", *tune])
     assert "protocol  finetune, seed 0" in capsys.readouterr().out
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "out").iterdir())
     assert result["protocol"] == "finetune"
-    assert result["asked"]["tune"] == ["num_steps=2", "batch_size=2", "decoder_width=8", "freeze=True"]
+    assert result["asked"]["tune"] == said
     assert 0 <= result["scores"]["miou"] <= result["scores"]["accuracy"] <= 1
 
 
 def test_values_of_tune_are_of_the_kind_of_their_field(tmp_path):
     made_folders.own_maps(tmp_path)
-    said = ("freeze=false", "learning_rate=1", "overlap=2.5e-1", "features=fused", "num_steps=7")
+    said = ("freeze=false", "learning_rate=1", "overlap=2.5e-1", "features=fused", "num_steps=107")
     request = Request(model="", dataset=str(tmp_path), protocol="finetune", tune=said)
     found = evaluate._tuning(request, evaluate.asked_dataset(request)[0])
-    assert found == finetune.Options(freeze=False, learning_rate=1.0, overlap=0.25, features="fused", num_steps=7)
+    assert found == finetune.Options(freeze=False, learning_rate=1.0, overlap=0.25, features="fused", num_steps=107)
 
 
 @pytest.mark.usefixtures("without_weights")
@@ -199,6 +233,11 @@ def folders(tmp_path_factory):
         ("mine", dict(batch_size=0), "--batch_size: got 0"),
         ("mine", dict(gsd_m=0.3), "--gsd_m: got 0.3; the size of mine's pixels is known"),
         ("aid:aid", dict(gsd_m=2.0), "--gsd_m: got 2; wanted above 0, at most 0.625"),
+        ("mine", dict(l1c_as_s2=True), "--l1c_as_s2: mine has no s2_l1c in folders"),
+        ("records", dict(l1c_as_s2=True, task="scene"), "--l1c_as_s2: .* say it to from_tfds"),
+        ("aid:aid", dict(tile_cells=8), "--tile_cells: got 8; only images with maps in folders"),
+        ("records", dict(tile_cells=8, task="segmentation"), "--tile_cells: got 8; only images with maps"),
+        ("aid:aid", dict(max_cells=8), "--max_cells: got 8; scene is fitted on one feature an image"),
         ("mine", dict(modalities=("hr",)), "--modalities: mine has no hr; it has s2, s1"),
         ("mine", dict(modalities=("naip",)), "the model has never seen .'naip'."),
         ("naip", {}, "mine has naip, which the model has never seen: it has hr, s2, s1"),

@@ -5,7 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from skysense_jax.tasks.examples import Deferred, Example, Examples, Lazy, check, part_name, split_shares, take_share
+from skysense_jax.tasks.examples import (
+    Deferred,
+    Example,
+    Examples,
+    Lazy,
+    check,
+    image_of,
+    part_name,
+    split_shares,
+    take_share,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,11 @@ def test_share_of_maps_is_that_of_images_with_all_their_parts():
     assert sorted(e.id for part in (kept, rest) for e in part) == sorted(names)
     with pytest.raises(ValueError, match=r"share 1\.5; wanted above 0, at most 1"):
         take_share(examples, 1.5, seed=0)
+
+
+def test_name_of_an_image_may_have_the_sign_of_a_part():
+    assert image_of(part_name("tile#1", 0, 16)) == "tile#1"
+    assert [image_of(name) for name in ("tile#1", "a#3,4#0,16", "a/b.c")] == ["tile#1", "a#3,4", "a/b.c"]
 
 
 def test_images_are_known_without_making_an_example():

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from micro import mono_config
 
 from skysense_jax import assembly, sharding
 from skysense_jax.data import scenes
 from skysense_jax.eval import scores
 from skysense_jax.eval.features import placed
-from skysense_jax.tasks import finetune, windows
+from skysense_jax.tasks import finetune, forward, windows
+from skysense_jax.tasks.decoders import LinearHead
 from skysense_jax.tasks.examples import CHANGE, IGNORED, MULTI_LABEL, SCENE, SEGMENTATION, Example, Examples, Lazy
 from skysense_jax.tasks.finetune import Options
 from skysense_jax.tasks.loading import Model
@@ -186,6 +188,16 @@ def test_fused_features_are_tuned_alike_on_one_device_and_on_eight(model):
     assert sum(moved) > 0.9 * len(moved)
 
 
+def test_class_of_a_scene_may_have_the_number_that_maps_have_for_none(model, monkeypatch):
+    logits = np.random.default_rng(0).standard_normal((3, 300)).astype(np.float32)
+    targets = np.array([255, 7, 299])
+    monkeypatch.setattr(forward, "logits", lambda *_, **__: (jnp.asarray(logits), {}))
+    tuned = forward.Tuned(model.network, model.rows, True, LinearHead(300), SCENE, 1)
+    loss, _ = forward.loss(tuned, {}, {}, {"target": jnp.asarray(targets)}, drop_key=None)
+    wanted = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))
+    np.testing.assert_allclose(loss, wanted.item(), rtol=1e-5)
+
+
 def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
     maps, labels = _examples(SEGMENTATION, 2), _examples(SCENE, 2)
     tune = lambda train=maps, test=maps, task=SEGMENTATION, model=model, **options: finetune.tune(  # noqa: E731
@@ -196,6 +208,8 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
         config = model.config.copy_and_resolve_references()
         config.model.backbone.update(form)
         forms.append(dataclasses.replace(model, config=config))
+    same = [dataclasses.replace(labels[i], target=np.array(1)) for i in range(len(labels))]
+    flat = [dataclasses.replace(maps[i], target=np.zeros_like(maps[i].target)) for i in range(len(maps))]
     two = dataclasses.replace(model, rows=(*model.rows, dataclasses.replace(model.rows[0], name="other")))
     for wrong, message in (
         (dict(task="detection"), r"task: got 'detection' with examples 'segmentation' to train on"),
@@ -204,7 +218,14 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
         (dict(modality="hr"), r"options.modality: got 'hr' with features 'auto'; wanted one of \['s1'\]"),
         (dict(model=two, features="stages"), r"options.modality: got none for stages; wanted one of \['s1', 'other'\]"),
         (dict(features="all"), r"options.features: got 'all'; wanted one of"),
+        (dict(train=dataclasses.replace(maps, examples=flat)), "all that is trained on has class 'dark'"),
+        (
+            dict(train=dataclasses.replace(labels, examples=same), test=labels, task=SCENE),
+            "all that is trained on has class 'b",
+        ),
         (dict(batch_size=1), r"options.batch_size: got 1; wanted 2 or more"),
+        (dict(warmup_steps=3), r"options.warmup_steps: got 3; wanted 0 to num_steps \(2\)"),
+        (dict(final_learning_rate=1.0), r"options.final_learning_rate: got 1.0; wanted 0 to learning_rate"),
         (dict(layer_decay=0.0), r"options.layer_decay: got 0.0; wanted above 0"),
         (dict(overlap=1.0), r"options.overlap: got 1.0; wanted 0 to below 1"),
         (dict(weighting="flat"), r"options.weighting: got 'flat'; wanted one of"),

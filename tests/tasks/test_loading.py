@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from skysense_jax import checkpoint
+from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
 from skysense_jax.eval.features import sample_features
 from skysense_jax.export import write
@@ -62,6 +64,16 @@ def test_step_is_that_of_a_checkpoint_of_a_run(run_dir, model_dir):
         loading.load(run_dir, step="best")
     with pytest.raises(ValueError, match=r"--step: got 4; .* is an export, of one step"):
         loading.load(model_dir, step="4")
+
+
+@pytest.mark.parametrize("field", ["data.label_classes", "efficiency", "model.queries"])
+def test_run_of_another_version_is_refused(run_dir, monkeypatch, field):
+    """Its config lacks what this version added."""
+    config = config_lib.unflatten(checkpoint.read_meta(run_dir)["config"])
+    lines = [line for line in config_lib.flat_text(config).splitlines() if not line.startswith(field)]
+    monkeypatch.setattr(checkpoint, "read_meta", lambda directory, step: {"config": "\n".join(lines)})
+    with pytest.raises(ValueError, match=r"--model: .*run.* not (one|that) of skysense_jax"):
+        loading.load(run_dir)
 
 
 def test_what_is_no_model_is_refused(tmp_path, model_dir):
