@@ -3,7 +3,7 @@
 Command: python -m skysense_jax.train --config=configs/distil.py:RUN --workdir=NEW
 RUN is the --workdir of the trained run; the same as --config.objective.distil.teacher=RUN. Its modalities, their rows
 and views.global_cells must be those here (docs/evaluation.md). Another student: the fields of config.model.
-Chips: 2 CPU cores; not run at this size.
+Chips: 2 CPU cores, from a teacher twice as wide: benchmarks/results.md. From larger ones: not run.
 """
 
 from ml_collections import ConfigDict
