@@ -36,7 +36,7 @@ from skysense_jax.tasks import finetune, frozen, linear, loading
 from skysense_jax.tasks.examples import SEGMENTATION, Example, Examples, take_share
 
 SHARES = (0.01, 0.1, 1.0)
-NUM_TRAIN, NUM_TEST = 100, 48  # scenes, of those of a study's probe the first
+NUM_TRAIN, NUM_TEST = 100, 48  # scenes, the first of those that the study's probe has
 FROZEN, TUNED = "frozen", "tuned"
 NO_TEXT = study.QUESTIONS["losses"]["text_off"].fields
 
@@ -197,7 +197,8 @@ def table(found: Mapping[str, Mapping[int, Any]]) -> str:
 
     def line(title: str, protocol: str, columns: Sequence[Mapping[int, float]], sign: str = "") -> str:
         told = [f"{figures.interval(column.values()):{sign}}" if column else "not run" for column in columns]
-        return f"| {title} | {protocol} | {' | '.join(told)} | {max(map(len, columns))} |"
+        counts = sorted({len(column) for column in columns})
+        return f"| {title} | {protocol} | {' | '.join(told)} | {' or '.join(map(str, counts))} |"
 
     heads = [f"{share:.0%} of {NUM_TRAIN} scenes" for share in SHARES]
     lines = [f"| mIoU | protocol | {' | '.join(heads)} | seeds |", "|---" * (len(SHARES) + 3) + "|"]
@@ -212,6 +213,7 @@ def table(found: Mapping[str, Mapping[int, Any]]) -> str:
             lines.append(line(f"{ROWS[name].title} - {ROWS[less].title}", protocol, apart, "+"))
     lines.append("")
     lines.append(f"- points, mean and 95 % t-interval over seeds; pixels of {NUM_TEST} held-out scenes")
+    lines[-1] += figures.versions(kept for of_cell in found.values() for kept in of_cell.values())
     return "\n".join(lines)
 
 

@@ -99,7 +99,9 @@ class Interval:
     half: float
 
     def __format__(self, sign: str) -> str:
-        """In points; with "+", as a difference."""
+        """In points; with "+", as a difference; "-" of nothing."""
+        if math.isnan(self.mean):
+            return "-"
         around = f" ± {100 * self.half:.1f}" if math.isfinite(self.half) else ""
         return f"{100 * self.mean:{sign}.1f}{around}"
 
@@ -114,6 +116,12 @@ def interval(values: Iterable[float]) -> Interval:
         return Interval(float(values.mean()), math.nan)
     quantile = stats.t.ppf(0.975, len(values) - 1)
     return Interval(float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values))))
+
+
+def versions(figures: Iterable[Mapping[str, Any]]) -> str:
+    """What a table adds if its figures are of several versions of the code."""
+    codes = {of.get("code") for of in figures}
+    return f"; {len(codes)} versions of the code" if len(codes) > 1 else ""
 
 
 def arguments(description: str | None, *, num_steps: int) -> argparse.ArgumentParser:

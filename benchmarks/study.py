@@ -30,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import learning
-from benchmarks.figures import Interval, Store, arguments, interval, read_arguments, write_raw, write_whole
+from benchmarks.figures import Interval, Store, arguments, interval, read_arguments, versions, write_raw, write_whole
 from skysense_jax import assembly, drawing, modalities
 from skysense_jax import config as config_lib
 from skysense_jax.data import scenes
@@ -239,7 +239,7 @@ class Runs:
 
 def measures(scores: Mapping[str, float | None]) -> dict[str, float]:
     """Of one row and seed, mIoU of the linear probe and of nearest neighbours: of the label classes, and the mean over
-    the attributes that had something to tell apart."""
+    attributes; NaN where one had nothing to tell apart."""
 
     def of(task: str, kind: str) -> float:
         value = scores[f"{task}/{kind}"]
@@ -247,19 +247,26 @@ def measures(scores: Mapping[str, float | None]) -> dict[str, float]:
 
     found = {}
     for kind, name in (("miou", ""), ("knn_miou", "_knn")):
-        hidden = [value for task in scenes.ATTRIBUTES if math.isfinite(value := of(task, kind))]
-        found |= {f"labels{name}": of(probes.LABELS, kind), f"hidden{name}": float(np.mean(hidden))}
+        hidden = float(np.mean([of(task, kind) for task in scenes.ATTRIBUTES]))
+        found |= {f"labels{name}": of(probes.LABELS, kind), f"hidden{name}": hidden}
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A row that was run: its measures over seeds, seed by seed, and differences from the question's first row, paired
-    by seed (None: of the first row, or where they share no seed)."""
+    """A row that was run.
+
+    Attributes:
+      whole: its measures over its seeds.
+      seeds: its measures, a seed each.
+      apart: differences from the question's first row, paired by seed; None: it is the first, or they share no seed.
+      num_pairs: how many seeds they share.
+    """
 
     whole: Mapping[str, Interval]
     seeds: Sequence[Mapping[str, float]]
     apart: Mapping[str, Interval] | None
+    num_pairs: int
 
 
 def lines_of(question: str, rows: Iterable[str], found: Mapping[str, Mapping[int, Any]]) -> dict[str, Line]:
@@ -273,7 +280,7 @@ def lines_of(question: str, rows: Iterable[str], found: Mapping[str, Mapping[int
         shared = [seed for seed in own if seed in base and row != names[0]]
         whole = {key: interval(x[key] for x in own.values()) for key in MEASURES}
         apart = {key: interval(own[seed][key] - base[seed][key] for seed in shared) for key in MEASURES if shared}
-        lines[row] = Line(whole, list(own.values()), apart or None)
+        lines[row] = Line(whole, list(own.values()), apart or None, len(shared))
     return lines
 
 
@@ -292,14 +299,14 @@ def table(found: Mapping[str, Mapping[int, Any]], questions: Mapping[str, Mappin
             line, of_row = lines[row], found[f"{question}/{row}"]
             told = [f"{x:+}" for x in line.apart.values()] if line.apart else [f"{x}" for x in line.whole.values()]
             parameters = next(iter(of_row.values()))["parameters"]
-            text.append(f"| {variant.title} | {parameters:,} | {len(of_row)} | {' | '.join(told)} |")
+            num_seeds = line.num_pairs or len(line.seeds)
+            text.append(f"| {variant.title} | {parameters:,} | {num_seeds} | {' | '.join(told)} |")
         text.append("")
     cells = [figures for of_row in found.values() for figures in of_row.values()]
     steps = sorted({figures["steps"] for figures in cells})
     text += [f"- {len(cells)} figures, runs of {' or '.join(map(str, steps)) or 'no'} steps; mIoU in points, mean and"]
     text[-1] += " 95 % t-interval over seeds; with a sign: above the question's first row, seed by seed"
-    if (codes := len({figures.get("code") for figures in cells})) > 1:
-        text[-1] += f"; {codes} versions of the code"
+    text[-1] += versions(cells)
     return "\n".join(text)
 
 

@@ -1,6 +1,7 @@
 """The benchmark of few labels: what each row is fitted on, what is stored, what the table says."""
 
 import dataclasses
+import sys
 import types
 
 import jax
@@ -73,6 +74,14 @@ def test_each_share_is_measured_once_and_told(config, tmp_path, monkeypatch, cap
     tuned, scratch = few_labels.ROWS["tuned"].title, few_labels.ROWS["scratch"].title
     assert f"| {tuned} - {scratch} | tuned | +20.0 | +20.0 | +20.0 | 1 |" in lines
     assert "| pre-trained - raw bands 3x3 | knn | not run | not run | not run | 0 |" in lines
+    monkeypatch.setattr(sys, "argv", ["few_labels", f"--out={tmp_path}", f"--json={tmp_path / 'raw.json'}"])
+    with monkeypatch.context() as command:
+        command.setattr(few_labels, "measure", lambda config, rows, **given: {**found, **alone})
+        command.setattr(learning, "write_records", lambda config, out: out / "records")
+        few_labels.main()
+    assert capsys.readouterr().out.splitlines() == lines
+    store, made_by = figures.Store(tmp_path / "other", tmp_path / "raw.json"), few_labels.fingerprint(config, "tuned")
+    assert store.get("few_labels/scratch_0.1", 1, made_by=made_by) == found["few_labels/scratch_0.1"][1]
     again = lambda row: few_labels.measure(config, [row], **given)  # noqa: E731
     slower = dataclasses.replace(few_labels.TUNING, learning_rate=1e-4)
     for name, value, rows in (

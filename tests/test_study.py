@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 from concurrent import futures
 
@@ -223,10 +224,10 @@ def test_kill_while_a_run_is_noted_leaves_no_half_a_note(tmp_path, monkeypatch):
 
 
 def _figures(*seeds, parameters=2000):
-    """Of each seed the label classes' mIoU; the other tasks have twice that, the last one nothing to tell apart."""
+    """Of each seed the label classes' mIoU; the other tasks have twice that, neighbours half."""
     made = {}
     for seed, value in enumerate(seeds):
-        scores = {f"{task}/miou": 2 * value for task in TASKS} | {"osm/miou": value, f"{TASKS[-1]}/miou": None}
+        scores = {f"{task}/miou": 2 * value for task in TASKS} | {"osm/miou": value}
         scores |= {f"{task}/knn_miou": value / 2 for task in TASKS}
         made[seed] = {"scores": scores, "steps": 300, "parameters": parameters}
     return made
@@ -254,6 +255,10 @@ def test_table_pairs_differences_by_seed_and_says_what_was_not_run():
     assert "| all losses | 2,000 | 3 | 33.0 ± 6.6 | 66.0 ± 13.1 | 16.5 ± 3.3 | 16.5 ± 3.3 |" in text
     assert "| L_MGCL left out | 1,999 | 2 | -2.0 ± 0.0 | -4.0 ± 0.0 | -1.0 ± 0.0 | -1.0 ± 0.0 |" in text
     assert "| L_QSACL left out | not run |" in text
+    alone = study.table({**found, "losses/mgcl_off": _figures(0.28, 0.32, 0.33, 0.9)})
+    assert "| L_MGCL left out | 2,000 | 3 | -2.0 ± 0.0 |" in alone  # of four seeds three have a pair
+    found["losses/all"][0]["scores"][f"{TASKS[-1]}/miou"] = None
+    assert "| all losses | 2,000 | 3 | 33.0 ± 6.6 | - | 16.5 ± 3.3 | 16.5 ± 3.3 |" in study.table(found)
     assert "| no prompts | 2,000 | 1 | 20.0 | 40.0 | 10.0 | 10.0 |" in text  # nothing to be above of
     assert "| granularity |" not in text
     assert "6 figures, runs of 300 steps" in text
@@ -272,9 +277,10 @@ def test_picture_shows_each_seed_of_each_row_that_was_run(tmp_path, monkeypatch)
     ]
     for axes, times in ((labels, 1), (hidden, 2)):
         dots = [line for line in axes.lines if line.get_marker() == "."]
-        assert [list(line.get_xdata()) for line in dots] == [[times * 30.0, times * 40.0], [times * 20.0]]
+        shown = [line.get_xdata() / times for line in dots]
+        assert [list(of_row.round(9)) for of_row in shown] == [[30.0, 40.0], [20.0]]
         assert [list(line.get_ydata()) for line in dots] == [[0, 0], [1]]
-        assert [float(bar.lines[0].get_xdata()[0]) for bar in axes.containers] == [times * 35.0, times * 20.0]
+        assert [float(bar.lines[0].get_xdata()[0]) / times for bar in axes.containers] == pytest.approx([35.0, 20.0])
     for nothing in ({}, {"losses/all": _figures(0.3, 0.4), "merging/averaged": _figures(0.3, 0.4)}):
         assert study.picture(tmp_path / "none.png", nothing) is None
     assert not (tmp_path / "none.png").exists()
@@ -340,7 +346,7 @@ def test_unknown_row_is_refused(tmp_path, capsys):
 # ---- distillation
 
 
-def test_distilled_row_learns_from_its_own_seeds_teacher(tmp_path, monkeypatch):
+def test_distilled_row_learns_from_its_own_seeds_teacher(tmp_path, monkeypatch, capsys):
     asked = []
 
     def train(config, config_file, workdir, records, **fields):
@@ -361,6 +367,13 @@ def test_distilled_row_learns_from_its_own_seeds_teacher(tmp_path, monkeypatch):
         assert student[2]["objective.weights.distil"] == 1
         assert student[2]["objective.weights.mgcl"] == 0
         assert teacher[1] == student[1] == 50
+    made_by = found["distillation/teacher"][1]["config"]
     text = study.table(found, distil.QUESTIONS)
+    monkeypatch.setattr(study, "measure", lambda rows, config, *, store, **given: found)
+    monkeypatch.setattr(study.learning, "write_records", lambda config, out: out / "records")
+    monkeypatch.setattr(sys, "argv", ["distil", f"--out={tmp_path}", f"--json={tmp_path / 'raw.json'}"])
+    distil.main()
+    assert capsys.readouterr().out == f"{text}\n"
+    assert study.Store(tmp_path / "other", tmp_path / "raw.json").get("distillation/teacher", 1, made_by=made_by)
     assert "| tiny alone | not run |" in text
     assert "| tiny distilled | 1,004 | 2 | 50.0 ± 0.0 |" in text

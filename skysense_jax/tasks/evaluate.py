@@ -83,7 +83,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     train_share = None if _has_split(card, place) else request.train_share or card.train_shares[0]
     result = _result(request, card, model, train, test, train_share, scores)
     result["unseen"] = unseen_rows(model, card, place, request)
-    result["bare"] = {split: bare_share(examples, model) for split, examples in splits.items()}
+    result["bare"] = {} if card.sources else {split: bare_share(part, model) for split, part in splits.items()}
     if request.out is not None:
         (request.out / file_name(result)).write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -114,7 +114,7 @@ def labelled(
             raise ValueError(f"--dataset: no example in {split}")
         if checked:
             check(examples, split=split)
-        if bare_share(examples, model) == 1:
+        if not card.sources and bare_share(examples, model) == 1:
             names = ", ".join(row.name for row in model.rows)
             raise ValueError(f"--dataset: {examples[0].id!r} and all others looked at in {split} have none of {names}")
     most = lambda name, count: max(examples.num_dates.get(name, count) for examples in splits.values())  # noqa: E731
@@ -198,9 +198,8 @@ def _adapted(card: Card, request: Request) -> Card:
 
 def _check_used(request: Request, card: Card) -> None:
     """Nothing, if what is asked for changes anything for this dataset."""
-    if request.l1c_as_s2 and S2_L1C.name not in card.sources:
-        told = "" if card.sources else ": records are of the row that they were written with; say it to from_tfds"
-        raise ValueError(f"--l1c_as_s2: {card.name} has no {S2_L1C.name} in folders{told}")
+    if request.l1c_as_s2 and not card.sources:
+        raise ValueError("--l1c_as_s2: records are of the row that they were written with; say it to from_tfds")
     if request.tile_cells is not None and not card.label:
         raise ValueError(f"--tile_cells: got {request.tile_cells}; only images with maps in folders are cut into parts")
     if request.max_cells != Request.max_cells and card.kind not in MAPS:
@@ -223,6 +222,11 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
     rows = {name: known[name] for name in has if name in known}
     if S2_L1C.name in has and S2_L1C.name not in known and request.l1c_as_s2 and "s2" in known and "s2" not in has:
         rows[S2_L1C.name] = known["s2"]
+    if request.l1c_as_s2 and rows.get(S2_L1C.name, S2_L1C).name != "s2":
+        raise ValueError(
+            f"--l1c_as_s2: {card.name} has {', '.join(has)}, the model reads {', '.join(known)}; wanted a dataset with "
+            f"{S2_L1C.name} and a model with s2 alone"
+        )
     absent = [name for name in request.modalities if name not in {row.name for row in rows.values()}]
     if absent:
         raise ValueError(f"--modalities: {card.name} has no {', '.join(absent)}; it has {', '.join(has)}")
@@ -237,7 +241,7 @@ def shared_rows(model: Model, card: Card, place: pathlib.Path, request: Request)
 
 def unseen_rows(model: Model, card: Card, place: pathlib.Path, request: Request) -> list[str]:
     """Rows of the dataset that the network was not trained with, so that they are not read."""
-    seen = {row.name for row in model.network.backbone.modalities} | ({S2_L1C.name} if request.l1c_as_s2 else set())
+    seen = {*(row.name for row in model.network.backbone.modalities), *shared_rows(model, card, place, request)}
     return [name for name in _row_names(card, place) if name not in seen]
 
 
@@ -339,9 +343,9 @@ def table(result: Mapping[str, Any]) -> str:
         ),
     ]
     if any(result["bare"].values()):
+        shares = " and ".join(f"{share:.0%} of the {split}" for split, share in result["bare"].items())
         names = ", ".join(result["modalities"])
-        shares = ", ".join(f"{share:.0%} in {split}" for split, share in result["bare"].items())
-        lines += ["", f"without {names}, of {_LOOKED} examples at most that were looked at: {shares}"]
+        lines += ["", f"{shares} examples looked at ({_LOOKED} at most) have none of {names}"]
     if result["published"]:
         lines += ["", f"{_NOTE}:"]
         lines += [

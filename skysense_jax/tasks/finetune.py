@@ -144,7 +144,7 @@ def _check(model: Model, train: Examples, test: Examples, task: str, options: Op
     check_form(model, shared=True, moe_from="end", why="fine-tuning has no rates by layer for another form")
     for split, examples in (("train", train), ("test", test)):
         check(examples, split=split)
-    frozen.check_classes(train)
+    frozen.check_classes(train, by_pixel=True)
 
 
 def _largest(examples: Examples, *, most: int) -> int:

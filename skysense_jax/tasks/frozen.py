@@ -53,18 +53,18 @@ class Options:
     left_out: tuple[int, ...] = ()
 
 
-def check_classes(train: Examples) -> None:
+def check_classes(train: Examples, *, by_pixel: bool = False) -> None:
     """Nothing, if a classifier has something to tell apart in ``train``; looks at targets until it has seen it.
 
     Raises:
-      ValueError: of maps no cell has a class, or all have the same.
+      ValueError: of maps no cell (``by_pixel``: pixel) has a class, or all have the same.
     """
     seen: set[int] = set()
     if train.kind == MULTI_LABEL:
         return
     for example in train:
         target = np.asarray(example.target)
-        ids = target if train.kind == SCENE else cell_targets(target, example.before.extent_cells)
+        ids = target if train.kind == SCENE or by_pixel else cell_targets(target, example.before.extent_cells)
         seen |= set(np.unique(ids).tolist()) - ({IGNORED} if train.kind != SCENE else set())
         if len(seen) > 1:
             return

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from skysense_jax import __version__, assembly, checkpoint, sharding, storage
 from skysense_jax import config as config_lib
+from skysense_jax.batch import Batch
 from skysense_jax.export import from_torch, names, write
 from skysense_jax.modalities import LabelMap, Modality, label_map, select
 from skysense_jax.models import skysense
@@ -62,20 +63,12 @@ def load(model: str | pathlib.Path, *, modalities: Sequence[str] | None = None, 
       RuntimeError: there are checkpoints, and none verifies.
     """
     directory = storage.run_directory(str(model), flag="--model")
-    try:
-        if (directory / "checkpoints").exists():
-            return _of_run(directory, modalities, checkpoint.asked_step(directory, step))
-        if (directory / write.CONFIG).exists():
-            if step is not None:
-                raise ValueError(
-                    f"--step: got {step}; {directory} is an export, of one step; wanted the workdir of a run"
-                )
-            return _of_export(pathlib.Path(directory), modalities)
-    except (AttributeError, KeyError) as error:  # a field that this version adds
-        raise ValueError(
-            f"--model: the config of {directory} is not one of skysense_jax {__version__}: {error}; wanted the version "
-            "that trained it"
-        ) from error
+    if (directory / "checkpoints").exists():
+        return _of_run(directory, modalities, checkpoint.asked_step(directory, step))
+    if (directory / write.CONFIG).exists():
+        if step is not None:
+            raise ValueError(f"--step: got {step}; {directory} is an export, of one step; wanted the workdir of a run")
+        return _of_export(pathlib.Path(directory), modalities)
     raise ValueError(
         f"--model: {directory} has neither checkpoints/ nor {write.CONFIG}; wanted the workdir of a run, or what "
         "skysense_jax.export wrote"
@@ -86,9 +79,9 @@ def _of_run(directory: storage.Directory, wanted: Sequence[str] | None, step: in
     if storage.in_bucket(directory) and (told := storage.problem(str(directory))):
         raise ValueError(f"--model: {directory}: {told}")
     config = config_lib.unflatten(checkpoint.read_meta(directory, step=step)["config"])
-    network, rows = _network(config, directory)
+    network, rows, batch = _network(config, directory)
     asked = _asked(rows, wanted)
-    restored = checkpoint.restore_params(directory, _shapes(network, config, rows), step=step)
+    restored = checkpoint.restore_params(directory, _shapes(network, batch), step=step)
     model = model_of(network, restored.state, asked, config, f"{config.name} at step {restored.step}")
     return dataclasses.replace(model, step=restored.step, code=restored.meta.get("code"))
 
@@ -102,10 +95,10 @@ def _of_export(directory: pathlib.Path, wanted: Sequence[str] | None) -> Model:
     missing = [name for name in ("data", "model", "efficiency") if name not in config]
     if missing:
         raise ValueError(f"--model: {directory / write.CONFIG}: training.config has no {', '.join(missing)} of the run")
-    network, rows = _network(config, directory)
+    network, rows, batch = _network(config, directory)
     asked = _asked(rows, wanted)
     taken = from_torch.from_directory(directory, config=config, rows=rows, verify=False)
-    shapes = _shapes(network, config, rows)
+    shapes = _shapes(network, batch)
     taken = from_torch.fitting(named_leaves(shapes), taken)
     parts = {part: shapes[part] for part in shapes if part in _PARTS or set(_under(part, shapes)) <= set(taken.params)}
     missing = [path for path in named_leaves(parts) if path not in taken.params]
@@ -146,23 +139,24 @@ def _unflatten(fields: Mapping[str, Any]) -> ConfigDict:
     return config_lib.unflatten("".join(f"{field} = {as_python(value)!r}\n" for field, value in fields.items()))
 
 
-def _network(config: ConfigDict, directory: storage.Directory) -> tuple[skysense.SkySense, tuple[Modality, ...]]:
-    """The network, with the attention of the devices here, whatever the run trained with."""
+def _network(config: ConfigDict, directory: storage.Directory) -> tuple[skysense.SkySense, tuple[Modality, ...], Batch]:
+    """The network, with the attention of the devices here whatever the run had; its rows; shapes of a batch."""
     here = config.copy_and_resolve_references()
-    with here.unlocked():
-        here.efficiency.attention = "auto"
-    rows = select(config.data.modalities, config.data.new_modalities)
     try:
-        return skysense.build(rows, **config.model, **assembly.efficiency(here)), rows
-    except TypeError as error:
+        with here.unlocked():
+            here.efficiency.attention = "auto"
+        rows = select(config.data.modalities, config.data.new_modalities)
+        network = skysense.build(rows, **config.model, **assembly.efficiency(here))
+        return network, rows, assembly.batch_shapes(config, rows)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--model: {directory} is of a config.model that is not that of skysense_jax {__version__}: {error}"
+            f"--model: {directory} is of a config that is not that of skysense_jax {__version__} as it is here: "
+            f"{error}; wanted the code that trained it"
         ) from error
 
 
-def _shapes(network: skysense.SkySense, config: ConfigDict, rows: tuple[Modality, ...]) -> Any:
+def _shapes(network: skysense.SkySense, batch: Batch) -> Any:
     """Shapes of the parameters."""
-    batch = assembly.batch_shapes(config, rows)
     boxed = jax.eval_shape(lambda batch: network.init(jax.random.key(0), batch, train=False), batch)["params"]
     return sharding.unbox(boxed)
 

@@ -55,12 +55,30 @@ def test_rows_that_the_model_never_saw_are_told(tmp_path, monkeypatch):
     card["sources"]["naip"] = dict(files="x/{name}.tif")
     (folder / "card.json").write_text(json.dumps(card))
     monkeypatch.setattr(frozen, "evaluate", lambda *_, protocols: {protocol: {"miou": 0.5} for protocol in protocols})
+    with pytest.raises(ValueError, match="--l1c_as_s2: mine has s2, s1, naip, the model reads hr, s2, s1"):
+        evaluate.evaluate(Request(model="", dataset=str(folder), l1c_as_s2=True))
     for modalities in ((), ("s2",)):
         found = evaluate.evaluate(Request(model="", dataset=str(folder), modalities=modalities))
         assert found["modalities"] == list(modalities or ("s2", "s1"))
-        assert found["unseen"] == ["naip"]  # s1 was not asked for
+        assert (found["unseen"], found["bare"]) == (["naip"], {})  # s1 was not asked for
         line = evaluate.table(found).splitlines()[0]
         assert line.endswith(f"({', '.join(found['modalities'])}); not read, as it has never seen them: naip")
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_level_1c_is_read_as_s2_or_told(tmp_path, monkeypatch):
+    folder = made_folders.own_maps(tmp_path)
+    card = json.loads((folder / "card.json").read_text())
+    card["sources"]["s2_l1c"] = card["sources"].pop("s2")
+    (folder / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(frozen, "evaluate", lambda *_, protocols: {protocol: {"miou": 0.5} for protocol in protocols})
+    request = Request(model="", dataset=str(folder))
+    found = evaluate.evaluate(request)
+    assert (found["modalities"], found["unseen"]) == (["s1"], ["s2_l1c"])
+    found = evaluate.evaluate(dataclasses.replace(request, l1c_as_s2=True))
+    assert (found["modalities"], found["unseen"]) == (["s2", "s1"], [])
+    with pytest.raises(ValueError, match="--l1c_as_s2: mine has s1, s2_l1c, the model reads s1; wanted"):
+        evaluate.evaluate(dataclasses.replace(request, l1c_as_s2=True, modalities=("s1",)))
 
 
 @pytest.mark.usefixtures("without_weights")
@@ -70,10 +88,11 @@ def test_examples_without_a_sensor_are_told_and_only_all_of_them_are_refused(tmp
     request = Request(model="", dataset=str(folder), task="segmentation", modalities=("s1",))
     found = evaluate.evaluate(request)
     assert found["bare"] == {"train": 0.5, "test": 0.25}
-    assert "without s1, of 16 examples at most that were looked at: 50% in train, 25% in test" in evaluate.table(found)
+    told = "50% of the train and 25% of the test examples looked at (16 at most) have none of s1"
+    assert told in evaluate.table(found)
     both = evaluate.evaluate(dataclasses.replace(request, modalities=()))
     assert both["bare"] == {"train": 0.0, "test": 0.0}
-    assert "without" not in evaluate.table(both)
+    assert "looked at" not in evaluate.table(both)
     nothing = made_folders.labelled_records(tmp_path / "none", without_s1=[f"train/{i}" for i in range(4)])
     with pytest.raises(ValueError, match="--dataset: 'train/0' and all others looked at in train have none of s1"):
         evaluate.evaluate(dataclasses.replace(request, dataset=str(nothing)))
@@ -233,7 +252,11 @@ def folders(tmp_path_factory):
         ("mine", dict(batch_size=0), "--batch_size: got 0"),
         ("mine", dict(gsd_m=0.3), "--gsd_m: got 0.3; the size of mine's pixels is known"),
         ("aid:aid", dict(gsd_m=2.0), "--gsd_m: got 2; wanted above 0, at most 0.625"),
-        ("mine", dict(l1c_as_s2=True), "--l1c_as_s2: mine has no s2_l1c in folders"),
+        (
+            "mine",
+            dict(l1c_as_s2=True),
+            "--l1c_as_s2: mine has s2, s1, the model reads hr, s2, s1; wanted",
+        ),
         ("records", dict(l1c_as_s2=True, task="scene"), "--l1c_as_s2: .* say it to from_tfds"),
         ("aid:aid", dict(tile_cells=8), "--tile_cells: got 8; only images with maps in folders"),
         ("records", dict(tile_cells=8, task="segmentation"), "--tile_cells: got 8; only images with maps"),

@@ -13,7 +13,7 @@ from skysense_jax import assembly, sharding
 from skysense_jax.data import scenes
 from skysense_jax.eval import scores
 from skysense_jax.eval.features import placed
-from skysense_jax.tasks import finetune, forward, windows
+from skysense_jax.tasks import finetune, forward, frozen, windows
 from skysense_jax.tasks.decoders import LinearHead
 from skysense_jax.tasks.examples import CHANGE, IGNORED, MULTI_LABEL, SCENE, SEGMENTATION, Example, Examples, Lazy
 from skysense_jax.tasks.finetune import Options
@@ -211,6 +211,12 @@ def test_what_does_not_fit_is_told_before_anything_is_compiled(model):
     same = [dataclasses.replace(labels[i], target=np.array(1)) for i in range(len(labels))]
     flat = [dataclasses.replace(maps[i], target=np.zeros_like(maps[i].target)) for i in range(len(maps))]
     two = dataclasses.replace(model, rows=(*model.rows, dataclasses.replace(model.rows[0], name="other")))
+    small = np.zeros_like(maps[0].target)
+    small[1, 1] = 1  # no cell's commonest class: nothing to tell apart for a probe, but for a decoder
+    train = dataclasses.replace(maps, examples=[dataclasses.replace(maps[0], target=small)])
+    with pytest.raises(ValueError, match="all that is trained on has class 'dark'"):
+        frozen.check_classes(train)
+    finetune._check(model, train, maps, SEGMENTATION, QUICK)
     for wrong, message in (
         (dict(task="detection"), r"task: got 'detection' with examples 'segmentation' to train on"),
         (dict(test=labels), r"task: got 'segmentation' with examples 'segmentation' to train on, 'scene' to test"),
