@@ -19,7 +19,7 @@ from skysense_jax.ingest.tfds_sets import S2_L1C
 from skysense_jax.modalities import MODALITIES, Modality
 from skysense_jax.tasks import cards, finetune, folders, frozen, recordsets
 from skysense_jax.tasks.cards import CARDS, RECORDS, Card
-from skysense_jax.tasks.examples import KINDS, MAPS, MULTI_LABEL, Example, Examples, check, take_share
+from skysense_jax.tasks.examples import KINDS, MAPS, MULTI_LABEL, Examples, check, take_share
 from skysense_jax.tasks.loading import Model, load
 
 FINETUNE = "finetune"
@@ -259,14 +259,10 @@ def _read(card: Card, place: pathlib.Path, rows: Mapping[str, Modality], request
 
 
 def bare_share(examples: Examples, model: Model) -> float:
-    """Of a few examples, evenly spaced, the share of those that have nothing that the model reads."""
+    """Of a few records, evenly spaced, the share of those that have nothing that the model reads."""
     places = np.linspace(0, len(examples) - 1, min(_LOOKED, len(examples))).astype(int).tolist()
-    return float(np.mean([_is_bare(examples[place], model) for place in places]))
-
-
-def _is_bare(example: Example, model: Model) -> bool:
-    samples = (sample for sample in (example.before, example.after) if sample is not None)
-    return not all(any(len(sample.days(row.name)) for row in model.rows) for sample in samples)
+    read = lambda sample: any(len(sample.days(row.name)) for row in model.rows)  # noqa: E731
+    return float(np.mean([not read(examples[place].before) for place in places]))
 
 
 def _tuning(request: Request, card: Card) -> finetune.Options:
